@@ -1,0 +1,278 @@
+"""Steering vectors: one vector per layer, added to a site of a frozen model (arXiv 2505.18706, 2509.06608).
+
+For `resid_post` of layer l: h' = h + s_l at every token in scope. In a pre-norm block this equals a bias on
+`mlp.down_proj`. Vectors start at zero, live in fp32 whatever the model's dtype, and their gradient is summed over
+tokens in fp32 (a bf16 sum would lose what small learning rates move).
+
+`RowBank` lets every row of a batch carry its own set (base and steered, layers, magnitudes, seeds in one batch).
+Left out: low-rank sets, learned gates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from steerlab.adapters.adapter import Layout
+from steerlab.adapters.scopes import Scope
+from steerlab.errors import UsageError
+from steerlab.models import LanguageModel, Site
+
+Shift = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Steering:
+    """Spec of a set of vectors. layers: which blocks, None for all. site: site kind. scope: at which tokens."""
+
+    layers: tuple[int, ...] | None = None
+    site: str = "resid_post"
+    scope: Scope = Scope()
+
+    def init(self, model: LanguageModel, generator: torch.Generator | None = None) -> SteeringVectors:  # noqa: ARG002
+        """Zero vectors for `model`; draws nothing. Raises UsageError for a layer the model does not have."""
+        layers = tuple(range(model.n_layers)) if self.layers is None else self.layers
+        check_layers(layers, model.n_layers)
+        width = model.width(self.site)
+        return SteeringVectors({Site(self.site, layer): torch.zeros(width) for layer in layers}, self.scope)
+
+
+class AddVector(torch.autograd.Function):
+    """x + v with the gradient of v summed over rows and positions in at least fp32."""
+
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, vector: Tensor) -> Tensor:
+        ctx.vector_dtype = vector.dtype  # type: ignore[attr-defined]
+        return x + vector.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (grad,) = grads
+        total = torch.promote_types(ctx.vector_dtype, grad.dtype)  # type: ignore[attr-defined]
+        return grad, grad.flatten(0, -2).sum(0, dtype=total).to(ctx.vector_dtype)  # type: ignore[attr-defined]
+
+
+class SteeringVectors:
+    """A set of steering vectors, trainable, with the algebra one expects of vectors.
+
+    vectors: one tensor per site, shape (width of the site,), at least fp32.
+    Operations return new sets and leave their arguments alone. `a + b` is the union of their sites, summed where
+    both have one; sets of different token scopes cannot be added.
+    """
+
+    def __init__(self, vectors: Mapping[Site, Tensor], scope: Scope = Scope()) -> None:
+        if not vectors:
+            raise UsageError("a set of steering vectors needs at least one site; the selection was empty")
+        self.vectors: dict[Site, nn.Parameter] = {
+            site: nn.Parameter(vectors[site].detach().clone().to(torch.promote_types(vectors[site].dtype, torch.float32)))
+            for site in sorted(vectors)
+        }
+        self.scope = scope
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(self.vectors)
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        return tuple(sorted({site.layer for site in self.vectors}))
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(vector.numel() for vector in self.vectors.values())
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        yield from self.vectors.values()
+
+    def __repr__(self) -> str:
+        return f"SteeringVectors({len(self.vectors)} sites, layers {self.layers}, {self.n_parameters:,} parameters)"
+
+    def __add__(self, other: SteeringVectors) -> SteeringVectors:
+        self._same_scope(other)
+        total = {site: vector.detach() for site, vector in self.vectors.items()}
+        for site, vector in other.vectors.items():
+            total[site] = total[site] + vector.detach() if site in total else vector.detach()
+        return SteeringVectors(total, self.scope)
+
+    def __sub__(self, other: SteeringVectors) -> SteeringVectors:
+        return self + (-other)
+
+    def __mul__(self, factor: float) -> SteeringVectors:
+        return self._map(lambda vector: vector * factor)
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> SteeringVectors:
+        return self * -1.0
+
+    def normalise(self) -> SteeringVectors:
+        """Every vector at length one. Raises UsageError for a zero vector, which has no direction."""
+        zero = [str(site) for site, vector in self.vectors.items() if not vector.any()]
+        if zero:
+            raise UsageError(f"cannot normalise zero vectors ({', '.join(zero)}); select the other layers first")
+        return self._map(lambda vector: vector / vector.norm())
+
+    def select(self, layers: Iterable[int]) -> SteeringVectors:
+        """Only the vectors of these layers. Raises UsageError if a layer has none."""
+        wanted = set(layers)
+        missing = wanted - set(self.layers)
+        if missing:
+            raise UsageError(f"no vector at layers {sorted(missing)}; this set has {list(self.layers)}")
+        return SteeringVectors({s: v for s, v in self.vectors.items() if s.layer in wanted}, self.scope)
+
+    def merge(self, other: SteeringVectors) -> SteeringVectors:
+        """Union of two sets with no site in common; use `+` to sum. Raises UsageError on a common site."""
+        common = sorted(set(self.vectors) & set(other.vectors))
+        if common:
+            raise UsageError(f"both sets have a vector at {', '.join(map(str, common))}; use + to sum them")
+        return self + other
+
+    def norms(self) -> dict[Site, float]:
+        """Euclidean length of each vector."""
+        return {site: float(vector.detach().norm()) for site, vector in self.vectors.items()}
+
+    def snapshot(self) -> dict[str, Tensor]:
+        return {f"vectors.{s.kind}.{s.layer}": v.detach().clone() for s, v in self.vectors.items()}
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        names = {f"vectors.{s.kind}.{s.layer}": v for s, v in self.vectors.items()}
+        if names.keys() != state.keys():
+            raise UsageError(f"snapshot holds {sorted(state)}, this set needs {sorted(names)}")
+        with torch.no_grad():
+            for name, vector in names.items():
+                vector.copy_(state[name])
+
+    @contextmanager
+    def attach(
+        self, model: LanguageModel, rows: Int[Tensor, " batch"] | None = None, layout: Layout | None = None
+    ) -> Iterator[Placement]:
+        """Add the vectors to `model` inside the `with`. Scopes other than `all` need a `layout`."""
+        self.check(model)
+        placement = Placement(self.scope, rows, layout)
+        with model.intervene({site: placement.adding(vector) for site, vector in self.vectors.items()}):
+            yield placement
+
+    def check(self, model: LanguageModel) -> None:
+        """Raise UsageError if these vectors do not fit `model`."""
+        check_layers(self.layers, model.n_layers)
+        for site, vector in self.vectors.items():
+            if vector.shape != (model.width(site.kind),):
+                raise UsageError(
+                    f"the vector at {site} has shape {tuple(vector.shape)}, {model.name} needs "
+                    f"({model.width(site.kind)},); these vectors belong to another model"
+                )
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> SteeringVectors:
+        return SteeringVectors({site: change(vector.detach()) for site, vector in self.vectors.items()}, self.scope)
+
+    def _same_scope(self, other: SteeringVectors) -> None:
+        if self.scope != other.scope:
+            raise UsageError(f"token scopes differ ({self.scope.kind} and {other.scope.kind}); attach both sets instead")
+
+
+class Placement:
+    """An attached set: holds which rows and tokens the next forward feeds."""
+
+    def __init__(self, scope: Scope, rows: Tensor | None, layout: Layout | None) -> None:
+        self.scope, self.rows, self.layout = scope, rows, layout
+
+    def place(self, rows: Int[Tensor, " batch"] | None, layout: Layout | None) -> None:
+        self.rows, self.layout = rows, layout
+
+    def adding(self, vector: Tensor) -> Shift:
+        """The function that a site goes through."""
+        if self.scope.kind == "all":
+            return lambda x: AddVector.apply(x, vector)  # type: ignore[return-value]
+        return lambda x: torch.where(self._inside(x), AddVector.apply(x, vector), x)  # type: ignore[arg-type]
+
+    def adding_rows(self, bank: Float[Tensor, "set width"]) -> Shift:
+        """The same with one vector per set, each batch row using the set that `rows` names."""
+
+        def shift(x: Tensor) -> Tensor:
+            if self.rows is None:
+                raise UsageError("a row bank needs to know which set each row uses: attach(model, rows=…)")
+            moved = x + bank.to(x.dtype)[self.rows][:, None]
+            return moved if self.scope.kind == "all" else torch.where(self._inside(x), moved, x)
+
+        return shift
+
+    def _inside(self, x: Tensor) -> Tensor:
+        if self.layout is None:
+            raise UsageError(
+                f"token scope '{self.scope.kind}' needs to know where the prompt ends: sample through Policy, "
+                "or attach(model, layout=Layout.of_texts(tokens, prompt_length))"
+            )
+        return self.scope.mask(self.layout, x.shape[1])[..., None]
+
+
+class RowBank:
+    """Several sets in one batch: row i of the batch uses set `rows[i]`. None is the base model.
+
+    All sets must have the same token scope. Sites that a set lacks are zero for its rows, so a row of the base
+    model goes through the same additions (of zero) as its neighbours.
+    """
+
+    def __init__(self, sets: Sequence[SteeringVectors | None]) -> None:
+        real = [s for s in sets if s is not None]
+        if not real:
+            raise UsageError("a row bank needs at least one set of steering vectors")
+        for other in real[1:]:
+            real[0]._same_scope(other)
+        self.sets, self.scope = tuple(sets), real[0].scope
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(s.n_parameters for s in self.sets if s is not None)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        for member in self.sets:
+            if member is not None:
+                yield from member.parameters()
+
+    @contextmanager
+    def attach(
+        self, model: LanguageModel, rows: Int[Tensor, " batch"] | None = None, layout: Layout | None = None
+    ) -> Iterator[Placement]:
+        """Add to every row the vectors of its own set inside the `with`."""
+        real = [s for s in self.sets if s is not None]
+        for member in real:
+            member.check(model)
+        placement = Placement(self.scope, rows, layout)
+        with model.intervene({site: placement.adding_rows(self.bank(site)) for site in self.sites}):
+            yield placement
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        return tuple(sorted({site for s in self.sets if s is not None for site in s.vectors}))
+
+    def bank(self, site: Site) -> Float[Tensor, "set width"]:
+        """The vectors of all sets at one site, zeros where a set has none; differentiable."""
+        found = [None if s is None else s.vectors.get(site) for s in self.sets]
+        like = next(v for v in found if v is not None)
+        return torch.stack([torch.zeros_like(like) if v is None else v for v in found])
+
+    def snapshot(self) -> dict[str, Tensor]:
+        return {
+            f"{i}.{name}": tensor
+            for i, s in enumerate(self.sets)
+            if s is not None
+            for name, tensor in s.snapshot().items()
+        }
+
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        for i, member in enumerate(self.sets):
+            if member is not None:
+                prefix = f"{i}."
+                member.restore({n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)})
+
+
+def check_layers(layers: Iterable[int], n_layers: int) -> None:
+    """Raise UsageError unless every layer is in 0 … n_layers−1."""
+    wrong = [layer for layer in layers if not 0 <= layer < n_layers]
+    if wrong:
+        raise UsageError(f"layers {wrong} do not exist; this model has layers 0 to {n_layers - 1}")

@@ -1,0 +1,88 @@
+"""What a source hands to an objective: plain tensors with names and shapes, no behaviour of their own.
+
+A `RolloutBatch` keeps each prompt once and says which prompt every row continues, so that everything
+downstream can compute a prompt once per group. Pair, token and activation batches arrive with the methods
+that need them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RolloutBatch:
+    """Completions of a few prompts with their rewards.
+
+    prompts: token ids of each prompt, one entry per group.
+    group: which prompt a row continues.
+    completions: token ids, padded on the right; the stop token, where one was drawn, is the last token.
+    lengths: tokens per completion, the stop token included.
+    logprobs: natural-log probability of each token under the policy that drew it (0 on padding).
+    rewards, correct: what the task said of each completion.
+    temperature: what the logits were divided by when sampling.
+    advantages: credit of each row; None until an objective has prepared the batch.
+    denominator: what the loss sum is divided by, fixed over the whole batch; None until prepared.
+    """
+
+    prompts: tuple[tuple[int, ...], ...]
+    group: Int[Tensor, " row"]
+    completions: Int[Tensor, "row pos"]
+    lengths: Int[Tensor, " row"]
+    logprobs: Float[Tensor, "row pos"]
+    rewards: Float[Tensor, " row"]
+    correct: Bool[Tensor, " row"]
+    temperature: float = 1.0
+    advantages: Float[Tensor, " row"] | None = None
+    denominator: float | None = None
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @property
+    def n_tokens(self) -> int:
+        """Completion tokens in the batch, padding excluded."""
+        return int(self.lengths.sum())
+
+    @property
+    def mask(self) -> Bool[Tensor, "row pos"]:
+        """True on completion tokens, False on padding."""
+        return torch.arange(self.completions.shape[1]) < self.lengths[:, None]
+
+    def select(self, rows: Int[Tensor, " kept"]) -> RolloutBatch:
+        """The given rows, the prompts they continue, and no wider padding than they need."""
+        used, group = torch.unique(self.group[rows], return_inverse=True)
+        width = int(self.lengths[rows].max()) if len(rows) else 0
+        return replace(
+            self,
+            prompts=tuple(self.prompts[i] for i in used.tolist()),
+            group=group,
+            completions=self.completions[rows, :width],
+            lengths=self.lengths[rows],
+            logprobs=self.logprobs[rows, :width],
+            rewards=self.rewards[rows],
+            correct=self.correct[rows],
+            advantages=None if self.advantages is None else self.advantages[rows],
+        )
+
+    def micro_batches(self, token_budget: int) -> Iterator[RolloutBatch]:
+        """Whole groups, longest first, each micro-batch within `token_budget` padded tokens (one group at least)."""
+        members = [torch.nonzero(self.group == g).flatten() for g in range(len(self.prompts))]
+        longest = [int(self.lengths[rows].max()) if len(rows) else 0 for rows in members]
+        order = sorted((g for g in range(len(members)) if len(members[g])), key=lambda g: (-longest[g], g))
+        taken: list[int] = []
+        for g in order:
+            trial = [*taken, g]
+            rows = sum(len(members[i]) for i in trial)
+            prompt_tokens = len(trial) * max(len(self.prompts[i]) for i in trial)
+            if taken and rows * longest[trial[0]] + prompt_tokens > token_budget:
+                yield self.select(torch.cat([members[i] for i in taken]))
+                trial = [g]
+            taken = trial
+        if taken:
+            yield self.select(torch.cat([members[i] for i in taken]))

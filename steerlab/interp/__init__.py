@@ -1,0 +1,1 @@
+"""What a vector does: every function returns a tidy table that passes `tables.check`."""

@@ -1,0 +1,44 @@
+"""What an objective is, and what it may ask of the thing that learns.
+
+Objectives are mathematics: they see tensors and a `Learner`, never a model. `rollouts.Policy` is a Learner.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from jaxtyping import Float
+from torch import Tensor
+
+from steerlab.batches import RolloutBatch
+
+
+class Learner(Protocol):
+    """The policy being trained, as an objective sees it."""
+
+    def logprobs(self, batch: RolloutBatch) -> Float[Tensor, "row pos"]:
+        """Log-probability (nats) of each completion token at the batch's temperature; 0 on padding. Has a graph."""
+        ...
+
+    def reference_logprobs(self, batch: RolloutBatch) -> Float[Tensor, "row pos"]:
+        """The same under the reference policy, without a graph."""
+        ...
+
+
+@dataclass(frozen=True)
+class Loss:
+    """value: what is differentiated. metrics: of this micro-batch; the trainer reports the largest over micro-batches."""
+
+    value: Float[Tensor, ""]
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+class Objective(Protocol):
+    """Frozen, callable. `prepare` sees the whole batch once; the call sees one micro-batch of what it returned."""
+
+    def prepare(self, batch: RolloutBatch) -> RolloutBatch:
+        """All that needs the whole batch: advantages, the denominator, and leaving out rows that cannot matter."""
+        ...
+
+    def __call__(self, policy: Learner, batch: RolloutBatch) -> Loss: ...

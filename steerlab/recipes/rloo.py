@@ -1,0 +1,44 @@
+"""RLOO on steering vectors: the training of both steering papers, at three scales.
+
+`full` is the papers' own setting (core settings of 2505.18706 / 2509.06608): 128 prompts × 16 samples, 314 steps, lr 1e-3,
+±1 reward, on DeepScaleR. `small` is the embedded model on its task; `tiny` is for tests.
+"""
+
+from __future__ import annotations
+
+from steerlab.adapters import Steering
+from steerlab.objectives import Advantage, LeaveOneOut, PolicyGradient
+from steerlab.rollouts import Evaluation, Sampling
+from steerlab.tasks import Task
+from steerlab.training import AdamW, Experiment, Rollouts
+
+
+def rloo(
+    task: Task,
+    model: str = "smollm2-135m",
+    *,
+    layers: tuple[int, ...] | None = None,
+    site: str = "resid_post",
+    advantage: Advantage = LeaveOneOut(),
+    steps: int = 40,
+    prompts: int = 16,
+    samples: int = 8,
+    max_new_tokens: int = 24,
+    lr: float = 1e-2,
+    seed: int = 0,
+    dtype: str = "auto",
+) -> Experiment:
+    """REINFORCE with a leave-one-out baseline; one update per batch, no KL, no clipping."""
+    sampling = Sampling(max_new_tokens=max_new_tokens)
+    return Experiment(
+        recipe="rloo",
+        model=model,
+        adapter=Steering(layers, site),
+        source=Rollouts(task, prompts, samples, sampling),
+        objective=PolicyGradient(advantage),
+        updater=AdamW(lr=lr),
+        evaluation=Evaluation(sampling=sampling),
+        steps=steps,
+        seed=seed,
+        dtype=dtype,
+    )

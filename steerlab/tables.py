@@ -1,0 +1,155 @@
+"""Schemas of our tidy tables: every column with its dtype, unit and meaning, as data; `check` holds a table to them.
+
+A table may have more columns than its schema names (a sweep adds `learning_rate`); it may not lack one, and the named
+ones must have the stated kind. Left out: value ranges, which belong to the tests of whoever makes the table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from steerlab.errors import UsageError, unknown
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: `dtype` is int, float, str or bool; `unit` is "1" where dimensionless."""
+
+    name: str
+    dtype: str
+    unit: str
+    meaning: str
+    optional: bool = False
+
+
+_SPLIT = (
+    Column("task", "str", "1", "name of the task"),
+    Column("split", "str", "1", "train or test (held out)"),
+    Column("condition", "str", "1", "base, steered, greedy, few_shot, random_reward, format_reward, …"),
+)
+_SITE = (
+    Column("site", "str", "1", "site kind of the vector, e.g. resid_post"),
+    Column("layer", "int", "1", "0-based decoder block"),
+)
+
+SCHEMAS: dict[str, tuple[Column, ...]] = {
+    "scores": (
+        Column("model", "str", "1", "model name"),
+        *_SPLIT,
+        Column("temperature", "float", "1", "sampling temperature; 0 is greedy"),
+        Column("metric", "str", "1", "avg@k or pass@k"),
+        Column("value", "float", "share", "estimate over problems (and seeds)"),
+        Column("low", "float", "share", "lower end of the 95 % interval"),
+        Column("high", "float", "share", "upper end of the 95 % interval"),
+        Column("n_problems", "int", "problems", "problems evaluated"),
+        Column("n_samples", "int", "completions", "completions per problem and seed"),
+        Column("n_seeds", "int", "seeds", "training seeds the estimate covers"),
+    ),
+    "completions": (
+        *_SPLIT,
+        Column("seed", "int", "1", "seed of the sampling streams"),
+        Column("problem", "int", "1", "id of the problem within its task"),
+        Column("sample", "int", "1", "index of the completion within its problem"),
+        Column("question", "str", "1", "the question, without the prompt template"),
+        Column("answer", "str", "1", "gold answer"),
+        Column("text", "str", "1", "the completion as the model wrote it"),
+        Column("extracted", "str", "1", "answer found by the verifier; missing if none"),
+        Column("reward", "float", "1", "reward of the task"),
+        Column("correct", "bool", "1", "extracted answer equals the gold answer"),
+        Column("n_tokens", "int", "tokens", "length of the completion"),
+        Column("finished", "bool", "1", "ended by a stop token, not by the length limit"),
+    ),
+    "curve": (
+        Column("step", "int", "updates", "0-based training step"),
+        Column("reward", "float", "1", "mean reward of the step's rollouts"),
+        Column("reward_ema", "float", "1", "exponential moving mean of the reward", optional=True),
+        Column("signal_share", "float", "share", "groups whose rewards are not all equal", optional=True),
+        Column("loss", "float", "1", "value of the objective", optional=True),
+        Column("grad_norm", "float", "1", "global gradient norm before clipping", optional=True),
+        Column("lr", "float", "1", "learning rate of the update", optional=True),
+        Column("tokens_per_s", "float", "tokens/s", "completion tokens per second of the whole step", optional=True),
+        Column("completion_tokens", "float", "tokens", "mean completion length", optional=True),
+        Column("rollout_s", "float", "s", "seconds spent sampling", optional=True),
+        Column("reward_s", "float", "s", "seconds spent judging", optional=True),
+        Column("update_s", "float", "s", "seconds spent in forward, backward and optimiser", optional=True),
+        Column("wall_s", "float", "s", "seconds of the step", optional=True),
+        Column("run", "str", "1", "name of the run, where several are drawn together", optional=True),
+        Column("seed", "int", "1", "training seed, where several are drawn together", optional=True),
+    ),
+    "logit_lens": (
+        *_SITE,
+        Column("readout", "str", "1", "dot, cosine or softmax"),
+        Column("end", "str", "1", "top or bottom of the vocabulary"),
+        Column("rank", "int", "1", "0 is the most extreme token of that end"),
+        Column("token_id", "int", "1", "vocabulary index"),
+        Column("token", "str", "1", "text of the token, decoded alone"),
+        Column("score", "float", "logit | cosine | share", "value of the readout"),
+    ),
+    "norms": (*_SITE, Column("norm", "float", "activation units", "Euclidean length of the vector")),
+    "cosines": (
+        Column("site_i", "str", "1", "site kind of the first vector"),
+        Column("layer_i", "int", "1", "0-based decoder block of the first vector"),
+        Column("site_j", "str", "1", "site kind of the second vector"),
+        Column("layer_j", "int", "1", "0-based decoder block of the second vector"),
+        Column("cosine", "float", "1", "cosine of the two vectors; missing if one is zero"),
+    ),
+    "stable_rank": (
+        Column("site", "str", "1", "site kind of the vectors"),
+        Column("n_vectors", "int", "vectors", "vectors stacked as rows"),
+        Column("stable_rank", "float", "1", "Σσ²/σ₁² of the stack; missing if all vectors are zero"),
+    ),
+    "singular_values": (
+        Column("site", "str", "1", "site kind of the vectors"),
+        Column("index", "int", "1", "0 is the largest"),
+        Column("singular_value", "float", "activation units", "singular value of the stacked vectors"),
+    ),
+}
+SCHEMAS["metrics"] = SCHEMAS["curve"]
+
+
+def check(df: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Returns the table if it has the columns of schema `name`; else UsageError naming every fault in one line."""
+    if name not in SCHEMAS:
+        raise unknown("table schema", name, SCHEMAS)
+    faults = []
+    for column in SCHEMAS[name]:
+        if column.name not in df.columns:
+            if not column.optional:
+                faults.append(f"column {column.name!r} is missing")
+        elif not _holds(df.loc[:, column.name], column.dtype):
+            faults.append(f"column {column.name!r} is {df[column.name].dtype}, not {column.dtype}")
+    if faults:
+        raise UsageError(f"not a {name!r} table: {'; '.join(faults)}; see steerlab.tables.SCHEMAS")
+    return df
+
+
+def empty(name: str) -> pd.DataFrame:
+    """A table of schema `name` without rows, with the right dtypes."""
+    import pandas as pd
+
+    if name not in SCHEMAS:
+        raise unknown("table schema", name, SCHEMAS)
+    dtypes = {"int": "int64", "float": "float64", "str": "str", "bool": "bool"}
+    return pd.DataFrame({c.name: pd.Series(dtype=dtypes[c.dtype]) for c in SCHEMAS[name] if not c.optional})
+
+
+def _holds(values: pd.Series, dtype: str) -> bool:
+    from pandas.api import types
+
+    if values.isna().all() and len(values):  # a column that is missing throughout has no dtype of its own
+        return dtype in ("str", "float")
+    if dtype == "int":
+        return types.is_integer_dtype(values)
+    if dtype == "float":
+        return types.is_float_dtype(values) or types.is_integer_dtype(values)
+    if dtype == "bool":
+        return types.is_bool_dtype(values)
+    return (
+        types.is_string_dtype(values.dropna())
+        or isinstance(values.dtype, types.CategoricalDtype)
+        or types.infer_dtype(values, skipna=True) in ("string", "empty")
+    )

@@ -1,0 +1,132 @@
+"""The public benchmarks: their files and hub names, the fields that hold question and answer, and their verifiers.
+
+Hub names of the mathematics benchmarks are the core papers' (core.md §3). The local names are those of a folder of data as
+`STEERLAB_DATA` or `path=` may give it (`gsm8k/train.jsonl.gz`, …). Left out: the data themselves, and code benchmarks.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from steerlab.errors import UsageError
+from steerlab.tasks.ifeval import Follows
+from steerlab.tasks.reading import HUB, SUFFIXES
+from steerlab.tasks.records import Columns, Place, Records
+from steerlab.tasks.task import Layout, ProblemSet, Verifier
+from steerlab.tasks.verifiers import Boxed, FinalText, LastNumber
+
+DATA_VARIABLE = "STEERLAB_DATA"
+Where = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """How one benchmark is stored. `train` and `test` are file stems in `folder`; an empty `train` is a benchmark without one.
+
+    `split`: one file, divided by seed. Hub places are "repository:config:split".
+    """
+
+    folder: str
+    train: str
+    test: str
+    hub_train: tuple[str, ...]
+    hub_test: tuple[str, ...]
+    columns: Columns
+    verifier: Verifier
+    layout: Layout = Layout()
+    split: bool = False
+    train_where: Where = ()
+    test_where: Where = ()
+
+
+_MATH = Columns(("problem", "question", "Problem"), ("answer", "Answer", "final_answer"))
+_BOXED = Boxed()
+_QWEN = Layout(style="qwen_math")
+
+BENCHMARKS: Mapping[str, Benchmark] = {
+    "gsm8k": Benchmark(
+        "gsm8k", "train", "test", ("openai/gsm8k:main:train",), ("openai/gsm8k:main:test",),
+        Columns(gold="after_hashes"), LastNumber(),
+    ),
+    "svamp": Benchmark(
+        "svamp", "", "svamp", ("ChilleD/SVAMP::train",), ("ChilleD/SVAMP::test",),
+        Columns(("question", "question_concat"), ("answer", "Answer")), LastNumber(), split=True,
+    ),
+    "deepmind_mathematics": Benchmark(
+        "deepmind-mathematics", "sample", "sample", (), (), Columns(), FinalText(),
+        train_where=(("split", "train-*"),), test_where=(("split", "interpolate"),),
+    ),
+    "math500": Benchmark("math500", "", "test", (), ("HuggingFaceH4/MATH-500::test",), _MATH, _BOXED, _QWEN),
+    "deepscaler": Benchmark(
+        "deepscaler", "train", "", ("agentica-org/DeepScaleR-Preview-Dataset::train",), (), _MATH, _BOXED, _QWEN
+    ),
+    "aime24": Benchmark("aime24", "", "test", (), ("Maxwell-Jia/AIME_2024::train",), _MATH, _BOXED, _QWEN),
+    "aime25": Benchmark(
+        "aime25", "", "test", (), ("opencompass/AIME2025:AIME2025-I:test", "opencompass/AIME2025:AIME2025-II:test"),
+        _MATH, _BOXED, _QWEN,
+    ),
+    "amc23": Benchmark("amc23", "", "test", (), ("knoveleng/AMC-23::train",), _MATH, _BOXED, _QWEN),
+    "minerva": Benchmark(
+        "minerva", "", "test", (), ("knoveleng/Minerva-Math::train",),
+        Columns(("problem", "question"), ("solution",), "last_boxed"), _BOXED, _QWEN,
+    ),
+    "olympiadbench": Benchmark("olympiadbench", "", "test", (), ("knoveleng/OlympiadBench::train",), _MATH, _BOXED, _QWEN),
+    "ifeval": Benchmark(
+        "ifeval", "", "input_data", (), ("google/IFEval::train",), Columns(("prompt",), gold="none"), Follows(), split=True
+    ),
+}  # fmt: skip
+
+
+def benchmark(
+    name: str, path: str, train: int, test: int, split_seed: int, split: bool, where: Where = ()
+) -> ProblemSet:
+    """The task of a benchmark; sizes of 0 take all there is. UsageError where its data are not found."""
+    made = BENCHMARKS[name]
+    found = path or _default_folder(name, made)
+    split = split or made.split
+    if found == HUB.rstrip(":"):
+        places = [tuple(Place(HUB + p) for p in hub) for hub in (made.hub_train, made.hub_test)]
+        split = split and not (made.hub_train and made.hub_test)
+        if not any(places):
+            raise UsageError(f"{name} is on no hub; give its file or folder as path=")
+    elif found.startswith(HUB) or not Path(found).is_dir():
+        one = (found if found.startswith(HUB) else str(Path(found).absolute()),)
+        places = _by_role(made, one, one)
+    else:
+        folder = Path(found).absolute()
+        places = _by_role(made, _files(folder, made.train), _files(folder, made.test))
+        if not any(places):
+            raise UsageError(
+                f"{found} has no {made.train or made.test}.jsonl (or .csv, .gz); give the folder of {name}"
+            )
+    train_places, test_places = (tuple(Place(p.path, p.where + where) for p in place) for place in places)
+    if split and train_places == test_places:
+        train_places = ()
+    source = Records(train_places, test_places, made.columns, train, test, split, split_seed)
+    return ProblemSet(name, source, made.verifier, made.layout)
+
+
+def _by_role(made: Benchmark, train: tuple[str, ...], test: tuple[str, ...]) -> list[tuple[Place, ...]]:
+    """One file serves the splits that the benchmark has; rows tell them apart where both are in it."""
+    return [
+        tuple(Place(p, made.train_where) for p in train) if made.train else (),
+        tuple(Place(p, made.test_where) for p in test) if made.test else (),
+    ]
+
+
+def _files(folder: Path, stem: str) -> tuple[str, ...]:
+    found = [folder / f"{stem}{suffix}" for suffix in SUFFIXES if stem and (folder / f"{stem}{suffix}").is_file()]
+    return (str(found[0]),) if found else ()
+
+
+def _default_folder(name: str, made: Benchmark) -> str:
+    root = os.environ.get(DATA_VARIABLE, "")
+    if root and (Path(root) / made.folder).is_dir():
+        return str(Path(root) / made.folder)
+    hub = ", or path=hub to download it" if made.hub_train or made.hub_test else ""
+    raise UsageError(
+        f"no data for {name}; give its file or folder as path=, or set {DATA_VARIABLE} to a folder with {made.folder}/{hub}"
+    )

@@ -1,0 +1,52 @@
+"""An experiment: one point in the product model × adapter × source × objective × updater, and how it is evaluated.
+
+Plain frozen data. `runs.encode` writes it to a run's manifest, `runs.decode` rebuilds it; a recipe is a function that
+returns one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from steerlab.adapters import Steering
+from steerlab.errors import UsageError
+from steerlab.objectives import Objective
+from steerlab.rollouts import Evaluation, Policy
+from steerlab.runs import CostLedger
+from steerlab.tasks import Task
+from steerlab.training.sources import Source
+from steerlab.training.updaters import AdamW
+
+
+class SourceSpec(Protocol):
+    """Frozen description of a source."""
+
+    @property
+    def task(self) -> Task: ...
+
+    def open(self, policy: Policy, seed: int, ledger: CostLedger) -> Source: ...
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """recipe: the name it was made under. model, dtype: what `models.load` takes. steps: updates. seed: of every draw.
+    token_budget: padded tokens per micro-batch, which bounds memory."""
+
+    recipe: str
+    model: str
+    adapter: Steering
+    source: SourceSpec
+    objective: Objective
+    updater: AdamW
+    evaluation: Evaluation
+    steps: int
+    seed: int = 0
+    dtype: str = "auto"
+    token_budget: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UsageError(f"steps is {self.steps}; a run needs at least 1")
+        if self.token_budget < 1:
+            raise UsageError(f"token_budget is {self.token_budget}; it must be positive")

@@ -1,0 +1,67 @@
+"""What every test runs under: one torch thread, no network, shapes checked, tiny models made once."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, hence before everything else
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+from jaxtyping import install_import_hook
+
+install_import_hook("steerlab", "beartype.beartype")
+
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from steerlab.models import LanguageModel, tiny
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_network() -> Iterator[None]:
+    """Connections leave only through Unix sockets and to this machine itself."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: Any) -> None:
+        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise RuntimeError(f"a test tried to reach {address}")
+        connect(self, address)
+
+    socket.socket.connect = guarded
+    yield
+    socket.socket.connect = connect
+
+
+@pytest.fixture(scope="session")
+def tiny_models() -> dict[str, LanguageModel]:
+    """One fp32 model per family, shared by the whole session: leave them as they are."""
+    return {family: tiny.model(family) for family in tiny.FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tiny_models: dict[str, LanguageModel]) -> LanguageModel:
+    return tiny_models["llama"]
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tiny_models: dict[str, LanguageModel]) -> LanguageModel:
+    return tiny_models["gpt2"]
+
+
+@pytest.fixture(scope="session")
+def tiny_gemma3(tiny_models: dict[str, LanguageModel]) -> LanguageModel:
+    return tiny_models["gemma3"]
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_fp64() -> LanguageModel:
+    return tiny.model("llama", dtype=torch.float64)
