@@ -1,3 +1,4 @@
+# ruff: noqa: E402 (the environment and the import hook must stand before the imports they act on)
 """What every test runs under: one torch thread, no network, shapes checked, tiny models made once."""
 
 from __future__ import annotations

@@ -68,7 +68,9 @@ def test_the_median_module_is_short(record_property: pytest.RecordProperty) -> N
 
 
 def test_every_module_says_what_it_is() -> None:
-    silent = [p for p in SOURCES if p.read_text(encoding="utf-8").strip() and not ast.get_docstring(ast.parse(p.read_text()))]
+    silent = [
+        p for p in SOURCES if p.read_text(encoding="utf-8").strip() and not ast.get_docstring(ast.parse(p.read_text()))
+    ]
     assert not [str(p.relative_to(ROOT)) for p in silent]
 
 
@@ -113,7 +115,7 @@ def _plan(readme: str) -> set[str]:
 
 
 def test_the_floor_plan_is_the_tree() -> None:
-    """Every room is listed; a room that lists a file lists all its files (but `__init__.py`, which opens every room)."""
+    """Every room is listed; a room that lists one file lists all (but `__init__.py`, which opens every room)."""
     listed = _plan((ROOT / "README.md").read_text(encoding="utf-8"))
     modules = [p.relative_to(ROOT) for p in (ROOT / "steerlab").rglob("*.py")]
     rooms = {f"{p.parent.as_posix()}/" for p in modules} - {"steerlab/"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
@@ -37,6 +37,7 @@ class Layout:
         return cls(tokens, torch.ones_like(tokens, dtype=torch.bool), prompt_length)
 
 
+@runtime_checkable
 class Attached(Protocol):
     """An adapter in use. The runner says, before a forward, which rows it feeds and where they stand."""
 
@@ -45,6 +46,7 @@ class Attached(Protocol):
         ...
 
 
+@runtime_checkable
 class Adapter(Protocol):
     """A trainable addition to a frozen model."""
 

@@ -65,7 +65,11 @@ class Scope:
         return cls("after", token=token)
 
     def mask(self, layout: Layout, n_new: int) -> Bool[Tensor, "batch new"]:
-        """True where the last `n_new` tokens of `layout` receive the vector."""
+        """True where the last `n_new` tokens of `layout` receive the vector. Raises UsageError if it has fewer."""
+        if n_new > layout.tokens.shape[1]:
+            raise UsageError(
+                f"{n_new} tokens were fed but the layout describes {layout.tokens.shape[1]}; attach with a layout of all of them"
+            )
         slots = torch.arange(layout.tokens.shape[1], device=layout.tokens.device)
         match self.kind:
             case "all":

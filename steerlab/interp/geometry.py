@@ -84,6 +84,27 @@ def singular_values(vectors: Vectors) -> pd.DataFrame:
     return tables.check(pd.DataFrame(rows), "singular_values")
 
 
+def spectrum(norms: pd.DataFrame, cosines: pd.DataFrame) -> pd.DataFrame:
+    """Table `singular_values` from the tables `norms` and `cosines` alone: roots of the Gram matrix's eigenvalues.
+
+    For readers of a finished run, who need not load its vectors. Agrees with `singular_values` to about 1e-7 of σ₁.
+    """
+    tables.check(norms, "norms")
+    tables.check(cosines, "cosines")
+    rows = []
+    for kind in sorted(set(norms["site"])):
+        lengths = norms.loc[norms["site"] == kind].set_index("layer")["norm"].sort_index()
+        pairs = cosines.loc[(cosines["site_i"] == kind) & (cosines["site_j"] == kind)].set_index(["layer_i", "layer_j"])
+        every = pd.MultiIndex.from_product([lengths.index, lengths.index])
+        # a missing cosine belongs to a zero vector, whose row of the Gram matrix is zero
+        cosine = torch.tensor(pairs["cosine"].reindex(every).fillna(0.0).tolist(), dtype=torch.float64)
+        length = torch.tensor(lengths.tolist(), dtype=torch.float64)
+        gram = cosine.reshape(len(length), len(length)) * torch.outer(length, length)
+        values = torch.linalg.eigvalsh(gram).flip(0).clamp_min(0).sqrt().tolist()
+        rows += [{"site": kind, "index": index, "singular_value": value} for index, value in enumerate(values)]
+    return tables.check(pd.DataFrame(rows), "singular_values")
+
+
 def stable_rank(vectors: Vectors) -> pd.DataFrame:
     """Σσ²/σ₁² of the vectors of each site kind, stacked as rows: table `stable_rank`.
 

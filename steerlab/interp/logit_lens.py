@@ -11,12 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol, runtime_checkable
 
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from steerlab import tables
 from steerlab.errors import UsageError, unknown
@@ -170,7 +172,7 @@ def _rows(
 
 
 def token_text(tokenizer: Tokenizer, token_id: int) -> str:
-    """Text of one token decoded alone, its leading space kept; the raw piece where the bytes are no text by themselves.
+    """Text of one token decoded alone, its leading space kept; `<0xE2>` where its bytes alone are no text.
 
     Rows that pad the unembedding beyond the tokenizer's vocabulary are called `<id 50000>`.
     """
@@ -178,7 +180,16 @@ def token_text(tokenizer: Tokenizer, token_id: int) -> str:
     if piece is None:
         return f"<id {token_id}>"
     text = tokenizer.decode([token_id])
-    if not text or ("\ufffd" in text and "\ufffd" not in piece):
+    if not text:
         return piece
+    if "\ufffd" in text and "\ufffd" not in piece:
+        alphabet = _bytes_of_letters()  # GPT-2's way to write any byte as a letter
+        known = all(letter in alphabet for letter in piece)
+        return "".join(f"<0x{alphabet[letter]:02X}>" for letter in piece) if known else piece
     # sentencepiece tokenizers drop the space in front of a text's first word
     return f" {text}" if piece.startswith("▁") and not text.startswith(" ") else text
+
+
+@cache
+def _bytes_of_letters() -> dict[str, int]:
+    return {letter: byte for byte, letter in bytes_to_unicode().items()}

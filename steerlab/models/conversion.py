@@ -1,7 +1,7 @@
 """GGUF to safetensors, once: dequantised by transformers, kept in the cache folder with a manifest.
 
-What a conversion promises: it stands in its place complete or not at all, and what is loaded from it is what was written
-(sizes at every load; digests again whenever a file's size or time of change is not the one last verified).
+What a conversion promises: it stands in its place complete or not at all, and what is loaded from it is what was
+written (sizes at every load; digests again whenever a file's size or time of change is not the one last verified).
 """
 
 from __future__ import annotations
@@ -85,7 +85,10 @@ def _sound(folder: Path, digest: str) -> bool:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
-    """Dequantise with transformers and save; raises UsageError for a file it cannot read, OSError when it cannot write."""
+    """Dequantise with transformers and save.
+
+    Raises UsageError for a file it cannot read and OSError when it cannot write.
+    """
     with gguf.open("rb") as file:
         if file.read(4) != b"GGUF":
             raise UsageError(f"{gguf} is not a GGUF file; fetch it again")
@@ -93,11 +96,12 @@ def _convert(gguf: Path, folder: Path) -> None:
 
     with quiet(), contextlib.redirect_stderr(io.StringIO()):  # its progress bar has no switch
         try:
-            read = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
-            read["config"] = AutoConfig.from_pretrained(**read)  # handed on, for every reading of the header takes seconds
+            read: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+            # the configuration is handed on: every reading of the header takes seconds
+            read["config"] = AutoConfig.from_pretrained(**read)
             model: Any = AutoModelForCausalLM.from_pretrained(**read, dtype=torch.float32)
             tokenizer = AutoTokenizer.from_pretrained(**read)
-        except (OSError, ValueError, KeyError, IndexError, NotImplementedError) as error:
+        except Exception as error:  # noqa: BLE001 (its readers raise anything on a damaged file)
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UsageError(f"{gguf} is truncated, or not a model that transformers reads ({reason})") from None
         del model.config.quantization_config  # the weights are plain now; otherwise they are saved as GGUF's
@@ -108,15 +112,14 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 def _write_manifest(folder: Path, digest: str) -> None:
     files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": hash_bytes([path])}
-        for path in sorted(folder.iterdir())
+        path.name: {"bytes": path.stat().st_size, "sha256": hash_bytes([path])} for path in sorted(folder.iterdir())
     }
     manifest = {"format": _FORMAT, "gguf_sha256": digest, "files": files}
     atomic_write(folder / "manifest.json", json.dumps(manifest, indent=1))
 
 
 def _move(building: Path, folder: Path, digest: str) -> None:
-    """Put a finished conversion in its place, unless another process was faster; what stood there is moved aside first."""
+    """Put a finished conversion in its place, unless another process was faster; what stands there gives way."""
     if _sound(folder, digest):
         return
     if folder.exists():

@@ -1,7 +1,7 @@
 """`LanguageModel`: a Hugging Face causal language model with its own numerics, its sizes and its verified sites.
 
-The model is frozen (no parameter asks for a gradient) and in eval mode. `hidden` is the backbone, `unembed` the head: decoding and
-training call them apart, so that the head runs only where it is needed. Sampling belongs to `rollouts`.
+The model is frozen (no parameter asks for a gradient) and in eval mode. `hidden` is the backbone, `unembed` the head:
+decoding and training call them apart, so that the head runs only where it is needed. Sampling belongs to `rollouts`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from steerlab.models import hooks
-from steerlab.models.hooks import Doors, Edit
+from steerlab.models.hooks import Doors, Edit, Mask
 from steerlab.models.sites import Site, architecture, check_meaning, norm_placement, places, sizes
 from steerlab.models.weights import hash_tensors
 
@@ -30,8 +30,8 @@ _NOT_CONTENT = ("dtype", "torch_dtype", "transformers_version", "_name_or_path",
 class LanguageModel:
     """`LanguageModel(hf, tokenizer, name="mine")` wraps a model already in memory; `models.load` reads one.
 
-    Raises UsageError for a family without a row in `models/sites.py`, RuntimeError when a probing forward shows that the
-    row does not fit the model.
+    Raises UsageError for a family without a row in `models/sites.py`, RuntimeError when a probing forward shows that
+    the row does not fit the model.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class LanguageModel:
         self.backbone: Any = hf.base_model
         self.blocks: list[nn.Module] = list(self.backbone.get_submodule(arch.blocks))
         self.final_norm: nn.Module = self.backbone.get_submodule(arch.final_norm)
-        self.unembedding: nn.Linear = hf.get_output_embeddings()
+        self.unembedding: nn.Linear = self.hf.get_output_embeddings()
         self.norm_placement = norm_placement(arch, hf.config)
         self.logit_softcap: float | None = hf.config.to_dict().get("final_logit_softcapping")
         self.sizes = sizes(arch, hf.config, self.blocks)
@@ -58,7 +58,8 @@ class LanguageModel:
         check_meaning(hooks.probe(self), self.sizes, self.doors.places)
 
     def __repr__(self) -> str:
-        return f"LanguageModel({self.name!r}, {self.family}, {self.n_layers} layers, d_model {self.d_model}, {self.dtype})"
+        shape = f"{self.n_layers} layers, d_model {self.d_model}"
+        return f"LanguageModel({self.name!r}, {self.family}, {shape}, {self.dtype})"
 
     @property
     def n_layers(self) -> int:
@@ -128,7 +129,7 @@ class LanguageModel:
         self,
         tokens: Int[Tensor, "batch pos"],
         *,
-        mask: Int[Tensor, "batch total_pos"] | None = None,
+        mask: Mask | None = None,
         positions: Int[Tensor, "batch pos"] | None = None,
         kv: Cache | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
@@ -144,14 +145,12 @@ class LanguageModel:
             return logits
         return torch.tanh(logits / self.logit_softcap) * self.logit_softcap
 
-    def logits(
-        self, tokens: Int[Tensor, "batch pos"], mask: Int[Tensor, "batch pos"] | None = None
-    ) -> Float[Tensor, "batch pos d_vocab"]:
+    def logits(self, tokens: Int[Tensor, "batch pos"], mask: Mask | None = None) -> Float[Tensor, "batch pos d_vocab"]:
         """The same bits as the Hugging Face model's own logits."""
         return self.unembed(self.hidden(tokens, mask=mask))
 
     def cache(
-        self, tokens: Int[Tensor, "batch pos"], sites: Iterable[Site], mask: Int[Tensor, "batch pos"] | None = None
+        self, tokens: Int[Tensor, "batch pos"], sites: Iterable[Site], mask: Mask | None = None
     ) -> dict[Site, Tensor]:
         """See `hooks.cache`."""
         return hooks.cache(self, tokens, sites, mask)

@@ -1,9 +1,10 @@
 """`cache()` and `intervene()`: the only two doors into a forward pass.
 
-Torch hooks on the modules of `models/sites.py`. Each module side that is in use carries one torch hook, put there when a
-context opens and taken away when the last context that needs it closes; an unused model has no hooks at all. At one place all
-writes run first, in the order in which their contexts were opened, then all reads: a cache holds what the model goes on with.
-Values are passed as they are, with their graph: wrap the call in `torch.no_grad()` where no gradient is wanted.
+Torch hooks on the modules of `models/sites.py`. Each module side that is in use carries one torch hook, put there when
+a context opens and taken away when the last context that needs it closes; an unused model has no hooks at all. At one
+place all writes run first, in the order in which their contexts were opened, then all reads: a cache holds what the
+model goes on with. Values are passed as they are, with their graph: wrap the call in `torch.no_grad()` where no
+gradient is wanted.
 
 Leaves out: editing attention probabilities, which fused attention kernels never form.
 """
@@ -15,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 Edit = Callable[[Tensor], Tensor]
 Keep = Callable[[Tensor], None]
+Mask = Int[Tensor, "batch total_pos"] | Bool[Tensor, "batch total_pos"]
 _BLOCK_INPUT = Place("", "in")
 
 
@@ -55,25 +57,24 @@ class _Point:
             if new is seen:
                 continue
             if new.shape != seen.shape or new.dtype != seen.dtype:
-                raise ValueError(
-                    f"the edit at {site} returned {tuple(new.shape)} {new.dtype}, expected {tuple(seen.shape)} {seen.dtype}"
-                )
+                got, expected = f"{tuple(new.shape)} {new.dtype}", f"{tuple(seen.shape)} {seen.dtype}"
+                raise ValueError(f"the edit at {site} returned {got}, expected {expected}")
             x = place.write(x, seen, new)
         for place, keep in self.reads:
             keep(place.read(x, block_input))
         return x
 
-    def _before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def _before(self, _module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         new = self._run(args[0])
         return None if new is args[0] else (new, *args[1:])
 
     def _before_keyword(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         assert self.keyword is not None
         return args, kwargs | {self.keyword: self._run(kwargs[self.keyword])}
 
-    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+    def _after(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
         if isinstance(output, Tensor):  # transformers 5; 4.x blocks and GPT-Neo return tuples
             new = self._run(output)
             return None if new is output else new
@@ -112,7 +113,7 @@ class Doors:
             yield
 
     def _hold_block_input(self, place: Place, layer: int, stack: ExitStack) -> None:
-        """resid_mid needs the block's input as the model goes on with it: a read there, after all edits of resid_pre."""
+        """resid_mid needs the block's input as the model goes on with it: a read there, after all edits."""
         if place.adds_input:
             stack.callback(self._block_inputs.pop, layer, None)
             keep = _keep_in(self._block_inputs, layer)
@@ -161,9 +162,9 @@ def _keep_in(store: dict[Any, Tensor], key: Any) -> Keep:
 def intervene(model: LanguageModel, edits: Mapping[Site, Edit]) -> Iterator[None]:
     """Inside the context every forward pass of `model` carries `edits`.
 
-    Each function receives its site's value, `(batch, pos, width)`, and returns one of the same shape and dtype; with a KV
-    cache `pos` runs over the new positions only. An identity changes no bit. Edits of one site in nested contexts compose,
-    outermost first. Raises UsageError for a site the model does not have or that is read only.
+    Each function receives its site's value, `(batch, pos, width)`, and returns one of the same shape and dtype; with a
+    KV cache `pos` runs over the new positions only. An identity changes no bit. Edits of one site in nested contexts
+    compose, outermost first. Raises UsageError for a site the model does not have or that is read only.
     """
     for site in edits:
         if site.kind in READ_ONLY:
@@ -176,7 +177,7 @@ def cache(
     model: LanguageModel,
     tokens: Int[Tensor, "batch pos"],
     sites: Iterable[Site],
-    mask: Int[Tensor, "batch pos"] | None = None,
+    mask: Mask | None = None,
 ) -> dict[Site, Tensor]:
     """Values of `sites` in one forward pass over `tokens`, under whatever interventions are in force.
 
@@ -207,7 +208,9 @@ def _eager_attention(model: LanguageModel) -> Iterator[None]:
 
 def probe(model: LanguageModel) -> dict[Site, Tensor]:
     """Every writable site's value in a forward pass over three tokens, for the check at load."""
-    sites = [Site(kind, layer) for layer in range(model.n_layers) for kind in model.doors.places if kind not in READ_ONLY]
+    sites = [
+        Site(kind, layer) for layer in range(model.n_layers) for kind in model.doors.places if kind not in READ_ONLY
+    ]
     tokens = torch.arange(3, device=model.device)[None]
     with torch.no_grad():
         return cache(model, tokens, sites, mask=torch.ones_like(tokens))

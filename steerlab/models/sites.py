@@ -1,17 +1,19 @@
 """Site names and the module each one is, per architecture.
 
-A `Site` is a kind and a layer, `Site("resid_post", 26)`. The words mean what TransformerLens' hooks of the same name mean:
+A `Site` is a kind and a layer, `Site("resid_post", 26)`. The words mean what TransformerLens' hooks of the same name
+mean:
 
-- `resid_pre`, `resid_mid`, `resid_post`: the residual stream before the block, between attention and MLP, after the block.
-  `resid_mid` is read as resid_pre + attn_out and written by changing attn_out (transformers keeps the residual before the
-  second norm); parallel blocks (GPT-NeoX) have none.
-- `attn_in`, `mlp_in`: what the branch reads from the residual stream, before its input norm; writing it leaves the residual
-  stream itself alone.
+- `resid_pre`, `resid_mid`, `resid_post`: the residual stream before the block, between attention and MLP, after the
+  block. `resid_mid` is read as resid_pre + attn_out and written by changing attn_out (transformers keeps the residual
+  before the second norm); parallel blocks (GPT-NeoX) have none.
+- `attn_in`, `mlp_in`: what the branch reads from the residual stream, before its input norm; writing it leaves the
+  residual stream itself alone.
 - `attn_out`, `mlp_out`: what the branch writes to the residual stream, after the post-norm where there is one.
 - `q`, `k`, `v`: outputs of the projections, heads concatenated, before QK-norm and before the rotary embedding.
 - `z`: input of the attention's output projection, heads concatenated. `mlp_neurons`: input of the down-projection.
 - `pattern`: attention probabilities `(batch, head, query, key)`; read only.
-- `ln1`, `ln2`: outputs (gain included) of the norms in front of attention and MLP; `ln1_post`, `ln2_post`: of those behind.
+- `ln1`, `ln2`: outputs (gain included) of the norms in front of attention and MLP; `ln1_post`, `ln2_post`: of those
+  behind.
 
 Leaves out: embeddings, the final norm (use `LanguageModel.hidden`), mixtures of experts, cross-attention.
 """
@@ -47,7 +49,7 @@ class Site:
         if self.kind not in KINDS:
             raise unknown("site", self.kind, KINDS)
         if self.layer < 0:
-            raise UsageError(f"layer {self.layer} of site {self.kind}: layers count from 0; give the block's own number")
+            raise UsageError(f"layer {self.layer} of site {self.kind}: layers count from 0")
 
     def __str__(self) -> str:
         return f"{self.kind}.{self.layer}"
@@ -88,7 +90,7 @@ class Place:
         return x.unflatten(-1, (self.groups, -1))[..., self.start : self.stop].flatten(-2)
 
     def write(self, x: Tensor, seen: Tensor, new: Tensor) -> Tensor:
-        """`x` with the value `seen` at this place replaced by `new`; out of place, so gradients and HF's tensors survive."""
+        """`x` with the value `seen` at this place replaced by `new`; out of place, so that gradients survive."""
         if self.adds_input:
             return x + (new - seen)  # exact where new == seen; x + block_input would not round back to x
         if self.stop is None:
@@ -175,7 +177,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "phi3": replace(_LLAMA, qkv=("self_attn.qkv_proj",)),
     "gpt2": _GPT2,
     "gpt_neo": replace(
-        _GPT2, qkv=("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj"), z="attn.attention.out_proj"
+        _GPT2,
+        qkv=("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj"),
+        z="attn.attention.out_proj",
     ),
     "gpt_neox": replace(
         _LLAMA,
@@ -252,10 +256,13 @@ def places(arch: Architecture, sizes: Sizes, parallel: bool) -> dict[str, Place]
     return found
 
 
-def check_meaning(values: Mapping[Site, Float[Tensor, "batch pos width"]], sizes: Sizes, kinds: Mapping[str, Place]) -> None:
+def check_meaning(
+    values: Mapping[Site, Float[Tensor, "batch pos width"]], sizes: Sizes, kinds: Mapping[str, Place]
+) -> None:
     """Raise RuntimeError unless the values of a probing forward have the right shapes and add up.
 
-    Adding up: resid_post = resid_pre + attn_out + mlp_out in every block, and the next block starts where this one ends.
+    Adding up: resid_post = resid_pre + attn_out + mlp_out in every block, and the next block starts where this one
+    ends.
     """
     for site, value in values.items():
         if value.shape[-1] != sizes.width(site.kind):
@@ -269,6 +276,6 @@ def check_meaning(values: Mapping[Site, Float[Tensor, "batch pos width"]], sizes
         )
         scale = torch.stack([pre, attn, mlp, post]).abs().max()
         if (pre + attn + mlp - post).abs().max() > 4 * torch.finfo(post.dtype).eps * scale:
-            raise RuntimeError(f"block {layer}: resid_pre + attn_out + mlp_out is not resid_post; the family table is wrong")
+            raise RuntimeError(f"block {layer}: resid_pre + attn_out + mlp_out is not resid_post")
         if layer + 1 < sizes.n_layers and not torch.equal(post, values[Site("resid_pre", layer + 1)]):
             raise RuntimeError(f"block {layer + 1} does not read what block {layer} wrote")

@@ -1,7 +1,8 @@
-"""Seeded models of two to four layers, one per supported family, and a byte tokenizer: for tests, offline, in milliseconds.
+"""Seeded models of two to four layers, one per supported family, and a byte tokenizer: for tests, offline, in
+milliseconds.
 
-Weights are drawn so that every branch writes a share of the residual stream and logits have a standard deviation near two:
-a model at Hugging Face's own initialisation has flat logits, and tests on it pass whatever the code does.
+Weights are drawn so that every branch writes a share of the residual stream and logits have a standard deviation near
+two: a model at Hugging Face's own initialisation has flat logits, and tests on it pass whatever the code does.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def model(family: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> LanguageModel:
-    """A fresh tiny model of `family`; the same weights for the same seed, whatever the dtype and torch's own random state."""
+    """A fresh tiny model of `family`; equal seeds give equal weights, whatever the dtype and torch's random state."""
     if family not in _CONFIGS:
         raise unknown("tiny family", family, FAMILIES)
     from transformers import AutoConfig, AutoModelForCausalLM

@@ -1,7 +1,7 @@
 """Digests of weights: of tensors, of safetensors files, remembered for files that did not change.
 
-The digest covers names, dtypes, shapes and bytes of the tensors in the order of their names, not the files' layout: sharding
-or metadata do not change it, and a model in memory has the digest of its own file.
+The digest covers names, dtypes, shapes and bytes of the tensors in the order of their names, not the files' layout:
+sharding or metadata do not change it, and a model in memory has the digest of its own file.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from steerlab.errors import UsageError
 from steerlab.runs import atomic_write
+
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256, in hex, of named tensors."""
@@ -43,7 +44,7 @@ def hash_safetensors(files: list[Path]) -> str:
 
 
 def _add(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
-    digest.update(f"{name} {str(tensor.dtype)} {tuple(tensor.shape)}\n".encode())
+    digest.update(f"{name} {tensor.dtype!s} {tuple(tensor.shape)}\n".encode())
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     digest.update(flat.view(torch.uint8).numpy().data)
 

@@ -8,7 +8,7 @@ both steering papers (1.0667 × the centred reward at K = 16); `GroupMean` is th
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from steerlab.errors import UsageError
 
 
+@runtime_checkable
 class Advantage(Protocol):
     """Rewards of one group → advantages of the same shape; a group of equal rewards gives zeros."""
 

@@ -6,7 +6,7 @@ Objectives are mathematics: they see tensors and a `Learner`, never a model. `ro
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from steerlab.batches import RolloutBatch
 
 
+@runtime_checkable
 class Learner(Protocol):
     """The policy being trained, as an objective sees it."""
 
@@ -34,6 +35,7 @@ class Loss:
     metrics: dict[str, float] = field(default_factory=dict)
 
 
+@runtime_checkable
 class Objective(Protocol):
     """Frozen, callable. `prepare` sees the whole batch once; the call sees one micro-batch of what it returned."""
 

@@ -6,7 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from steerlab import tables
-from steerlab.plots.house import COLOURS, DIVERGING, figure, label
+from steerlab.plots.house import COLOURBAR, COLOURS, DIVERGING, figure, label
 
 
 def norms(df: pd.DataFrame) -> go.Figure:
@@ -22,7 +22,8 @@ def norms(df: pd.DataFrame) -> go.Figure:
             hovertemplate="layer %{x}<br>‖s‖ = %{y:.4g}<extra>" + label(str(site)) + "</extra>",
         )
     made.update_layout(barmode="group", bargap=0.25, showlegend=len(set(df["site"])) > 1)
-    made.update_xaxes(title_text="layer (0-based block)", dtick=_layer_step(df["layer"]))
+    few = len(set(df["layer"])) <= 12
+    made.update_xaxes(title_text="layer (0-based block)", dtick=1 if few else None, nticks=16, tickangle=0)
     return made.update_yaxes(title_text="‖s‖ (activation units)", rangemode="tozero")
 
 
@@ -30,9 +31,7 @@ def cosines(df: pd.DataFrame) -> go.Figure:
     """Heat-map of cosines between layers, on the one scale −1 … 1; from a `cosines` table. Blank: a zero vector."""
     tables.check(df, "cosines")
     several = len({*df["site_i"], *df["site_j"]}) > 1
-    frame = df.assign(
-        i=_place(df["site_i"], df["layer_i"], several=several), j=_place(df["site_j"], df["layer_j"], several=several)
-    )
+    frame = df.assign(**{axis: _places(df, axis, several=several) for axis in ("i", "j")})
     order = list(dict.fromkeys(frame["i"]))
     matrix = frame.set_index(["i", "j"])["cosine"].reindex(pd.MultiIndex.from_product([order, order]))
     made = figure("Cosine between the vectors of two layers", height=520)
@@ -47,7 +46,7 @@ def cosines(df: pd.DataFrame) -> go.Figure:
         ygap=1,
         hoverongaps=False,
         hovertemplate="layers %{y} and %{x}<br>cosine %{z:.3f}<extra></extra>",
-        colorbar={"title": {"text": "cosine", "side": "right"}, "tickvals": [-1, -0.5, 0, 0.5, 1], "thickness": 12},
+        colorbar={**COLOURBAR, "title_text": "cosine", "tickvals": [-1, -0.5, 0, 0.5, 1]},
     )
     step = max(1, round(len(order) / 10))
     made.update_xaxes(
@@ -81,9 +80,6 @@ def singular_values(df: pd.DataFrame) -> go.Figure:
     return made.update_yaxes(title_text="σ (activation units)", rangemode="tozero")
 
 
-def _place(sites: pd.Series, layers: pd.Series, *, several: bool) -> pd.Series:
-    return sites.astype(str).map(label) + "." + layers.astype(str) if several else layers.astype(str)
-
-
-def _layer_step(layers: pd.Series) -> int:
-    return max(1, round(len(set(layers)) / 15))
+def _places(df: pd.DataFrame, axis: str, *, several: bool) -> list[str]:
+    pairs = zip(df[f"site_{axis}"], df[f"layer_{axis}"], strict=True)
+    return [f"{label(site)}.{layer}" if several else str(layer) for site, layer in pairs]

@@ -13,8 +13,14 @@ import plotly.graph_objects as go
 
 INK, MUTED, GRID = "#1f2933", "#5b6673", "#e6e9ee"
 COLOURS = ("#0072b2", "#d55e00", "#008f68", "#a6568c", "#b07c00", "#3a9bd1", "#6b7280", "#8c3b00")
-SEQUENTIAL = ((0.0, "#f7fafd"), (0.25, "#d3e5f3"), (0.5, "#9dc6e4"), (0.75, "#5a9fd0"), (1.0, "#2f7fb8"))
+SEQUENTIAL = ((0.0, "#f7fafd"), (0.25, "#dcebf6"), (0.5, "#b8d6ec"), (0.75, "#8dbfe0"), (1.0, "#5ea5d3"))
 DIVERGING = ((0.0, "#b2501a"), (0.25, "#ecab7f"), (0.5, "#fbfbfb"), (0.75, "#86b9dd"), (1.0, "#0b67a3"))
+COLOURBAR = {
+    "thickness": 11,
+    "outlinewidth": 0,
+    "title": {"side": "right", "font": {"size": 12, "color": MUTED}},
+    "tickfont": {"size": 11},
+}
 CONDITION_COLOURS = {
     "base": "#6b7280",
     "greedy": "#b07c00",

@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 
 from steerlab import tables
 from steerlab.errors import UsageError
-from steerlab.plots.house import DIVERGING, MONO, SEQUENTIAL, figure, label, readable
+from steerlab.plots.house import COLOURBAR, DIVERGING, MONO, SEQUENTIAL, figure, label, readable
 
 _SCORE = {"dot": "W<sub>U</sub> s (logit)", "cosine": "cosine", "softmax": "softmax(W<sub>U</sub> s)"}
 
@@ -18,15 +18,15 @@ def logit_lens(df: pd.DataFrame, readout: str = "cosine", end: str = "top", k: i
     Raises UsageError if the table has no rows of this readout and end.
     """
     tables.check(df, "logit_lens")
-    part = df[(df["readout"] == readout) & (df["end"] == end) & (df["rank"] < k)]
+    part = df.loc[(df["readout"] == readout) & (df["end"] == end) & (df["rank"] < k)]
     if part.empty:
         zero = df.attrs.get("zero", [])
         why = "all vectors are zero" if zero else "choose a readout and end that were computed"
         raise UsageError(f"the logit lens has no {readout} scores at the {end} end; {why}")
     several = len(set(part["site"])) > 1
-    rows = list(part.groupby(["site", "layer"], sort=True, observed=True))
-    places = [f"{label(str(site))}.{layer}" if several else str(layer) for (site, layer), _ in rows]
-    ordered = [group.sort_values("rank") for _, group in rows]
+    rows = sorted(set(zip(part["site"], part["layer"], strict=True)))
+    places = [f"{label(str(site))}.{layer}" if several else str(layer) for site, layer in rows]
+    ordered = [part.loc[(part["site"] == site) & (part["layer"] == layer)].sort_values("rank") for site, layer in rows]
     texts = [[readable(token) for token in group["token"]] for group in ordered]
     full = [
         [f"{label(text)}  (token {i})" for text, i in zip(row, group["token_id"], strict=True)]
@@ -44,8 +44,8 @@ def logit_lens(df: pd.DataFrame, readout: str = "cosine", end: str = "top", k: i
         hovertemplate="layer %{y}, rank %{x}<br>%{customdata}<br>score %{z:.4g}<extra></extra>",
         xgap=2,
         ygap=2,
-        colorbar={"title": {"text": _SCORE.get(readout, readout), "side": "right"}, "thickness": 12},
-        **_scale(part["score"], readout),
+        colorbar={**COLOURBAR, "title_text": _SCORE.get(readout, readout)},
+        **_scale(part.loc[:, "score"], readout),
     )
     made.update_xaxes(title_text="rank", type="category", showgrid=False, showline=False, ticks="", side="top")
     made.update_yaxes(
@@ -55,11 +55,15 @@ def logit_lens(df: pd.DataFrame, readout: str = "cosine", end: str = "top", k: i
 
 
 def _scale(scores: pd.Series, readout: str) -> dict[str, object]:
-    """Light colours under dark text: one-sided for one sign, two-sided around zero otherwise."""
+    """Light colours under dark text: from the weakest to the strongest for one sign, around zero otherwise."""
     low, high = float(scores.min()), float(scores.max())
     if readout == "softmax" or low >= 0:
-        return {"colorscale": SEQUENTIAL, "zmin": 0.0, "zmax": high}
+        return {"colorscale": SEQUENTIAL, "zmin": low, "zmax": high}
     if high <= 0:
-        return {"colorscale": [(1 - place, colour) for place, colour in reversed(SEQUENTIAL)], "zmin": low, "zmax": 0.0}
+        return {
+            "colorscale": [(1 - place, colour) for place, colour in reversed(SEQUENTIAL)],
+            "zmin": low,
+            "zmax": high,
+        }
     reach = max(-low, high)
     return {"colorscale": DIVERGING, "zmin": -reach, "zmax": reach}

@@ -25,7 +25,7 @@ def learning_curve(df: pd.DataFrame) -> go.Figure:
     )
     made.update_layout(template=HOUSE, height=470 if signal else 340, title_text="Reward while training")
     frame = df if "run" in df.columns else df.assign(run="this run")
-    runs = [(name, frame[frame["run"] == name]) for name in dict.fromkeys(frame["run"])]
+    runs = [(name, frame.loc[frame["run"] == name]) for name in dict.fromkeys(frame["run"])]
     for index, (name, part) in enumerate(runs):
         shown, colour = label(str(name)), COLOURS[index % len(COLOURS)]
         n_seeds = len(set(part["seed"])) if "seed" in part.columns else 1

@@ -30,12 +30,14 @@ class Rows:
     """Which completions are wanted, one entry per row.
 
     prompt: index into the prompts. problem, sample: names of the row's random stream. member: set of a row bank.
+    limit: most tokens of each row, None for `Sampling.max_new_tokens` everywhere.
     """
 
     prompt: Int[Tensor, " row"]
     problem: Int[Tensor, " row"]
     sample: Int[Tensor, " row"]
     member: Int[Tensor, " row"]
+    limit: Int[Tensor, " row"] | None = None
 
     @classmethod
     def grid(cls, problems: Sequence[int], samples: int, members: int = 1) -> Rows:
@@ -51,7 +53,8 @@ class Rows:
     def chunks(self, n: int) -> Iterator[Rows]:
         for start in range(0, len(self), n):
             part = slice(start, start + n)
-            yield Rows(self.prompt[part], self.problem[part], self.sample[part], self.member[part])
+            limit = None if self.limit is None else self.limit[part]
+            yield Rows(self.prompt[part], self.problem[part], self.sample[part], self.member[part], limit)
 
 
 @dataclass(frozen=True)
@@ -150,7 +153,9 @@ class _Decoding:
         self.member = units[:, 1].to(device)
         self.out_tokens = torch.zeros(n, limit, dtype=torch.long, device=device)
         self.out_logprobs = torch.zeros(n, limit, dtype=torch.promote_types(model.dtype, torch.float32), device=device)
-        self.lengths = torch.full((n,), limit, device=device)
+        own = torch.full((n,), limit) if rows.limit is None else rows.limit.clamp(max=limit)
+        self.lengths = own.to(device)
+        self.running = torch.ones(n, dtype=torch.bool, device=device)
         self.finished = torch.zeros(n, dtype=torch.bool, device=device)
 
     def prefill(self) -> Float[Tensor, "row d_model"]:
@@ -184,13 +189,8 @@ class _Decoding:
         for t in range(self.sampling.max_new_tokens):
             logits = self.model.unembed(hidden).to(self.out_logprobs.dtype)
             token, logprob = draw(logits, self.noise[self.alive, t], self.sampling)
-            running = ~self.finished[self.alive]
-            self.out_tokens[self.alive[running], t] = token[running]
-            self.out_logprobs[self.alive[running], t] = logprob[running]
-            ended = running & torch.isin(token, self.stops)
-            self.finished[self.alive[ended]] = True
-            self.lengths[self.alive[ended]] = t + 1
-            running = running & ~ended
+            self.record(t, token, logprob)
+            running = self.running[self.alive]
             n_running = int(running.sum())
             if n_running == 0 or t + 1 == self.sampling.max_new_tokens:
                 break
@@ -205,6 +205,16 @@ class _Decoding:
             self.out_logprobs[:, :width].cpu(),
             self.finished.cpu(),
         )
+
+    def record(self, t: int, token: Int[Tensor, " row"], logprob: Float[Tensor, " row"]) -> None:
+        """Write token `t` of the rows still running, and note which of them it ends."""
+        on = self.running[self.alive]
+        rows, drawn = self.alive[on], token[on]
+        self.out_tokens[rows, t], self.out_logprobs[rows, t] = drawn, logprob[on]
+        stopped = torch.isin(drawn, self.stops)
+        self.finished[rows] = stopped
+        self.lengths[rows[stopped]] = t + 1
+        self.running[rows] = ~stopped & (self.lengths[rows] > t + 1)
 
     def compact(self, kept: Int[Tensor, " kept"]) -> None:
         """Only these batch rows go on."""

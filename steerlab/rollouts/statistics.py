@@ -99,8 +99,8 @@ def bootstrap_interval(
 
 
 def paired_difference(
-    scores: Float[np.ndarray, " problems"] | Float[np.ndarray, "seeds problems"],
-    baseline: Float[np.ndarray, " problems"] | Float[np.ndarray, "seeds problems"],
+    scores: Float[np.ndarray, "*axes"],
+    baseline: Float[np.ndarray, "*base_axes"],
     *,
     seed: int = 0,
     level: float = 0.95,
@@ -108,7 +108,8 @@ def paired_difference(
 ) -> Interval:
     """Mean of scores − baseline on the same problems in the same order; the pairing removes what makes a problem hard.
 
-    Either side may have one seed only (no seed axis); it is then compared with every seed of the other.
+    Both are (problems) or (seeds, problems), as in `bootstrap_interval`. Either side may have one seed only; it is
+    then compared with every seed of the other.
     """
     ours, theirs = np.atleast_2d(scores), np.atleast_2d(baseline)
     if ours.shape[1] != theirs.shape[1]:

@@ -26,7 +26,7 @@ def _as_words(values: Sequence[int] | np.ndarray | int) -> np.ndarray:
 
 
 def uniforms(
-    seed: int, step: int, problems: Sequence[int], samples: Sequence[int], n_positions: int
+    seed: int, step: int, problems: Sequence[int] | np.ndarray, samples: Sequence[int] | np.ndarray, n_positions: int
 ) -> Float64[np.ndarray, "row pos"]:
     """One uniform number per row and position. `problems[i]`, `samples[i]` name row i; `step` separates training steps."""
     with np.errstate(over="ignore"):

@@ -18,8 +18,8 @@ from steerlab.tasks.task import Judgement, Problem, ProblemSet, Prompt, Split
 class RandomReward:
     """Pays the right-answer reward with probability `p`, whatever the completion says.
 
-    Rewards are drawn from (seed, every problem id and text of the batch, place in the batch): nothing is remembered between
-    calls, so a resumed run pays the same, while the same text met again in another batch is paid anew.
+    Rewards are drawn from (seed, every problem id and text of the batch, place in the batch): nothing is remembered
+    between calls, so a resumed run pays the same, while the same text met again in another batch is paid anew.
     """
 
     task: ProblemSet
@@ -53,8 +53,9 @@ class RandomReward:
 class FormatOnlyReward:
     """Pays the right-answer reward for an answer in the right form, whatever its value.
 
-    `form` "found": the verifier finds an answer in the completion (a box, a number). "bare": the completion is that answer
-    and nothing else, the form of the solved examples; the stronger control where any text has a last number in it.
+    `form` "found": the verifier finds an answer in the completion (a box, a number). "bare": the completion is that
+    answer and nothing else, the form of the solved examples; the stronger control where any text has a last number in
+    it.
     """
 
     task: ProblemSet

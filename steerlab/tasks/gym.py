@@ -1,9 +1,9 @@
 """Any reasoning-gym data set as a source of problems, with its difficulty parameters, and its own scorer as verifier.
 
-reasoning-gym seeds overlap (item i of seed s is item i − 1 of seed s + 1), so train and held-out problems come from ONE data
-set: indices are walked in order, the first problem of each distinct text is kept, and the kept ones are split by
-`split_seed`. Partial credit is not kept: only a full score is correct. Drawing and scoring happen in a worker process
-(fixed hash seed: some data sets depend on it; bounded time: some scorers run sympy on the completion).
+reasoning-gym seeds overlap (item i of seed s is item i − 1 of seed s + 1), so train and held-out problems come from
+ONE data set: indices are walked in order, the first problem of each distinct text is kept, and the kept ones are
+split by `split_seed`. Partial credit is not kept: only a full score is correct. Drawing and scoring happen in a
+worker process (fixed hash seed: some data sets depend on it; bounded time: some scorers run sympy on the completion).
 Left out: reasoning-gym's curricula and `composite`.
 """
 
@@ -46,6 +46,11 @@ class Gym:
     def load(self) -> Mapping[Split, tuple[Problem, ...]]:
         """Both splits. UsageError: unknown data set or parameter, or fewer distinct problems than asked for."""
         return _load(self)
+
+    def doubt(self, problem: Problem) -> str:
+        """Nothing: generated problems carry no working."""
+        del problem
+        return ""
 
 
 @lru_cache(maxsize=1)
@@ -104,9 +109,9 @@ def _written(parameters: Parameters) -> str:
 class GymScore:
     """reasoning-gym's own scorer on an answer that we extract; only the full score of 1 is correct.
 
-    `extract`: "number" is the last number, "tag" the last <answer>…</answer>, "text" the whole completion; "auto" takes the
-    tag if there is one, else the last number where the gold answer is a number, else the whole completion. `dataset`,
-    `parameters` and `seed` must be those of the source: the scorer is given the problem of that index.
+    `extract`: "number" is the last number, "tag" the last <answer>…</answer>, "text" the whole completion; "auto"
+    takes the tag if there is one, else the last number where the gold answer is a number, else the whole completion.
+    `dataset`, `parameters` and `seed` must be those of the source: the scorer is given the problem of that index.
     """
 
     dataset: str = "chain_sum"

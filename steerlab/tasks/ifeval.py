@@ -1,9 +1,9 @@
 """IFEval: instructions that a program can check, strict and loose, through the package if-verifiable.
 
-"strict" wants every instruction of a prompt followed by the completion as it is; "loose" also tries it without its first or
-last line and without asterisks (Zhou et al. 2023, arXiv:2311.07911). The package reads nltk's punkt_tab data for two kinds of
-instruction; without that download the worker uses nltk's rules alone, and says so in the note where sentences are counted.
-Left out: the share of instructions followed as a reward (a Callback can pay it).
+"strict" wants every instruction of a prompt followed by the completion as it is; "loose" also tries it without its
+first or last line and without asterisks (Zhou et al. 2023, arXiv:2311.07911). The package reads nltk's punkt_tab data
+for two kinds of instruction; without that download the worker uses nltk's rules alone, and says so in the note where
+sentences are counted. Left out: the share of instructions followed as a reward (a Callback can pay it).
 """
 
 from __future__ import annotations
@@ -50,4 +50,4 @@ class Follows:
 
     def solved(self, problem: Problem) -> None:
         """IFEval has no gold answers."""
-        return
+        del problem

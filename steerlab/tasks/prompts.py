@@ -1,20 +1,18 @@
 """Prompts as token ids: the tokenizer's chat template, plain text, and the two templates of the core papers.
 
-core.md §2: `qwen_math` is the chat template with the Qwen-Math system instruction where the tokenizer has a template, else a
-plain "User: … Assistant:" dialogue; `r1` is an R1-Zero-style preamble that ends in an opened <think>. The preamble is
-worded by us, its tags and turns are the papers'. Left out: multimodal content and tool calls.
+core.md §2: `qwen_math` is the chat template with the Qwen-Math system instruction where the tokenizer has a template,
+else a plain "User: … Assistant:" dialogue; `r1` is an R1-Zero-style preamble that ends in an opened <think>. The
+preamble is worded by us, its tags and turns are the papers'. Left out: multimodal content and tool calls.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+from transformers import PreTrainedTokenizerBase
 
 from steerlab.errors import UsageError, unknown
 from steerlab.tasks.task import STYLES, Message, Prompt
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 QWEN_MATH_SYSTEM = "Please reason step by step, and put your final answer within \\boxed{}."
 R1_PREAMBLE = (
@@ -84,10 +82,8 @@ def _plain(messages: Sequence[Message]) -> str:
 def _start(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The beginning-of-text token, for the tokenizers that put one before plain text by themselves."""
     bos = tokenizer.bos_token_id
-    if bos is None:
-        return []
-    return [bos] if tokenizer("a").input_ids[:1] == [bos] else []
+    return [bos] if isinstance(bos, int) and tokenizer("a").input_ids[:1] == [bos] else []
 
 
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+    return [int(i) for i in tokenizer.encode(text, add_special_tokens=False)]

@@ -1,4 +1,6 @@
-"""Rows of a data file (.jsonl, .json, .csv, each also .gz, .parquet) or of a hub data set, with errors that name file and line."""
+"""Rows of a data file (.jsonl, .json, .csv, each also .gz, .parquet) or of a hub data set, with errors that name file
+and line.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +23,16 @@ HUB = "hub:"
 
 
 def rows(path: str) -> Rows:
-    """All rows of a file or of "hub:REPOSITORY[:CONFIG][:SPLIT]". UsageError: missing, empty, not UTF-8, not the format."""
+    """All rows of a file or of "hub:REPOSITORY[:CONFIG][:SPLIT]". UsageError: missing, empty, not UTF-8, not the
+    format.
+    """
     return _hub_rows(path) if path.startswith(HUB) else _file_rows(path, stamp(path))
 
 
 def stamp(path: str) -> tuple[int, int]:
-    """Time of change (ns) and size (bytes) of a file, by which what was read from it may be cached; (0, 0) for the hub."""
+    """Time of change (ns) and size (bytes) of a file, by which what was read from it may be cached; (0, 0) for the
+    hub.
+    """
     if path.startswith(HUB):
         return 0, 0
     try:
@@ -120,7 +126,7 @@ def _parquet(path: str) -> Rows:
 @lru_cache(maxsize=16)
 def _hub_rows(place: str) -> Rows:
     """A data set by the package `datasets`; "hub:repository:config:split", split "train" unless given."""
-    repository, config, split = (place.removeprefix(HUB).split(":") + ["", ""])[:3]
+    repository, config, split = [*place.removeprefix(HUB).split(":"), "", ""][:3]
     try:
         from datasets import load_dataset
         from datasets.exceptions import DatasetsError

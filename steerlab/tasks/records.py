@@ -1,7 +1,8 @@
 """Problems from rows: which fields hold question and answer, which part of the answer is gold, and who is held out.
 
-One file is split by seed; two files are taken as they are, and train problems whose text is also held out are dropped. Texts
-are distinct in every split: the first row of each text is kept. Ids are row numbers from 0, so they do not move with sizes.
+One file is split by seed; two files are taken as they are, and train problems whose text is also held out are
+dropped. Texts are distinct in every split: the first row of each text is kept. Ids are row numbers from 0, so they do
+not move with sizes.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from steerlab.errors import UsageError
+from steerlab.tasks.evidence import equation_doubt, solution_doubt
 from steerlab.tasks.reading import Row, rows, stamp
 from steerlab.tasks.task import Problem, Split
 from steerlab.tasks.verifiers import last_boxed
@@ -28,13 +30,15 @@ HELD_OUT_SHARE = 0.2  # of a single file, where no size is given
 class Columns:
     """Names of the fields, the first present one counts; and which part of the answer is gold.
 
-    "after_hashes" is what stands after the last #### (GSM8K), "last_boxed" the last `\\boxed{}` of a solution (Minerva), "none"
-    a task without gold answers (IFEval).
+    "after_hashes" is what stands after the last #### (GSM8K), "last_boxed" the last `\\boxed{}` of a solution
+    (Minerva), "none" a task without gold answers (IFEval). `working` says which working the rows carry, for
+    `validate()`: the field "equation" (SVAMP), or a solution in the answer field (GSM8K).
     """
 
     question: tuple[str, ...] = ("question",)
     answer: tuple[str, ...] = ("answer",)
     gold: Gold = "whole"
+    working: Literal["", "equation", "solution"] = ""
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,15 @@ class Records:
     def load(self) -> Mapping[Split, tuple[Problem, ...]]:
         """Both splits. UsageError: file, field or size that cannot be had."""
         return _load(self, tuple(stamp(place.path) for place in self.train + self.test))
+
+    def doubt(self, problem: Problem) -> str:
+        """Why the row's own working speaks against its gold answer, or ""."""
+        if self.columns.working == "equation" and "equation" in problem.entry:
+            return equation_doubt(str(problem.entry["equation"]), problem.answer)
+        if self.columns.working == "solution":
+            solution = next((str(problem.entry[n]) for n in self.columns.answer if n in problem.entry), "")
+            return solution_doubt(solution, problem.answer)
+        return ""
 
 
 @lru_cache(maxsize=32)

@@ -1,7 +1,7 @@
 """The register of tasks by name, and `make`, which builds one from plain options (the command line's door).
 
-Options that every task has (prompt style, rewards, controls, …) are handled here once; a task's constructor takes only what
-is its own. Names are those of the register, of any reasoning-gym data set, or a path to a data file.
+Options that every task has (prompt style, rewards, controls, …) are handled here once; a task's constructor takes
+only what is its own. Names are those of the register, of any reasoning-gym data set, or a path to a data file.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from steerlab.errors import UsageError, unknown
 from steerlab.tasks import gym as gym_module
@@ -19,7 +19,7 @@ from steerlab.tasks.gym import ONE_DIGIT_SUMS, Gym, GymScore, Parameter
 from steerlab.tasks.ifeval import Follows
 from steerlab.tasks.reading import SUFFIXES
 from steerlab.tasks.records import Columns, Place, Records
-from steerlab.tasks.task import STYLES, ProblemSet, Rewards, Task, Verifier
+from steerlab.tasks.task import ProblemSet, Rewards, Task, Verifier
 from steerlab.tasks.verifiers import Boxed, FinalText, Function, LastNumber, MultipleChoice, Regex
 
 VERIFIERS: Mapping[str, Callable[[], Verifier]] = {
@@ -35,7 +35,7 @@ class Common:
     """Options of every task. Empty means as the task has it; `verifier` is a name of VERIFIERS, "regex:PATTERN" or
     "file.py:function"; `control` is "", "random_reward", "format_only_reward" (bare form) or "format_found_reward"."""
 
-    style: str = ""
+    style: Literal["", "chat", "plain", "qwen_math", "r1"] = ""
     system: str = ""
     instruction: str = ""
     wrong: float = -1.0
@@ -70,14 +70,16 @@ def chain_sum(
     max_terms: int = 2,
     min_digits: int = 1,
     max_digits: int = 1,
+    allow_negation: bool = False,
     train: int = 100,
     test: int = 100,
     seed: int = 42,
     split_seed: int = 0,
 ) -> ProblemSet:
-    """Sums and differences. One digit and two terms have exactly 200 distinct expressions: 100 to train, 100 held out."""
+    """Sums and differences. One digit and two terms make exactly 200 distinct ones: 100 to train, 100 held out."""
     chosen = {"min_terms": min_terms, "max_terms": max_terms, "min_digits": min_digits, "max_digits": max_digits}
-    return gym("chain_sum", chosen, train, test, seed, split_seed)
+    negation = {"allow_negation": True} if allow_negation else {}
+    return gym("chain_sum", {**chosen, **negation}, train, test, seed, split_seed)
 
 
 def records(
@@ -105,17 +107,9 @@ def deepmind_mathematics(
     split_seed: int = 0,
 ) -> ProblemSet:
     """School mathematics by module ("arithmetic__*") and regime (train-easy, train-medium, …, extrapolate)."""
-    made = benchmark("deepmind_mathematics", path, train, test, split_seed, False, (("module", module),))
-    assert isinstance(made.source, Records)
-    chosen = {"train": train_split, "test": test_split}
-
-    def places(old: tuple[Place, ...], pattern: str) -> tuple[Place, ...]:
-        return tuple(Place(p.path, (("split", pattern), ("module", module))) for p in old)
-
-    source = replace(
-        made.source, train=places(made.source.train, chosen["train"]), test=places(made.source.test, chosen["test"])
-    )
-    return replace(made, source=source)
+    of_module = ("module", module)
+    train_where, test_where = (("split", train_split), of_module), (("split", test_split), of_module)
+    return benchmark("deepmind_mathematics", path, train, test, split_seed, False, train_where, test_where)
 
 
 def ifeval(
@@ -151,9 +145,10 @@ def make(name: str, **options: Any) -> Task:
     `make("leg_counting", max_animals=4)`: parameters of a reasoning-gym data set are given as options.
     """
     common_names = {f.name for f in fields(Common)}
-    common = Common(**{k: v for k, v in options.items() if k in common_names})
+    shared = {k: v for k, v in options.items() if k in common_names}
+    _check_kinds(name, shared, Common)
     own = {k: v for k, v in options.items() if k not in common_names}
-    return _finished(_constructed(name, own, common_names), common)
+    return _finished(_constructed(name, own, common_names), Common(**shared))
 
 
 def _constructed(name: str, own: dict[str, Any], common_names: set[str]) -> ProblemSet:
@@ -168,37 +163,35 @@ def _constructed(name: str, own: dict[str, Any], common_names: set[str]) -> Prob
     else:
         raise unknown("task", name, [*TASKS, *gym_module.names()])
     accepted = inspect.signature(constructor).parameters
-    if constructor is chain_sum:
-        extra = {k: own.pop(k) for k in list(own) if k not in accepted and k in gym_module.parameter_names(name)}
-        own = own if not extra else own
-    for option, value in own.items():
+    for option in own:
         if option not in accepted:
             known = [*accepted, *common_names]
             if constructor is gym and name != "gym":
                 known += gym_module.parameter_names(name)
             raise unknown(f"option of task {name}", option, known)
-        _check_kind(name, option, value, accepted[option].default)
     missing = [p.name for p in accepted.values() if p.default is p.empty and p.name not in own]
     if missing:
         raise UsageError(f"task {name} needs {missing[0]}=; give it")
+    _check_kinds(name, own, constructor)
     return constructor(**own)
 
 
-def _check_kind(task: str, option: str, value: Any, default: Any) -> None:
-    """Refuses a text for a number and the like, by the kind of the default."""
-    if isinstance(default, bool) or default is inspect.Parameter.empty or default is None:
-        return
-    wanted = (int, float) if isinstance(default, float) else (type(default),)
-    if not isinstance(value, wanted) or isinstance(value, bool):
-        raise UsageError(f"option {option} of task {task} is {value!r}; give it as {wanted[0].__name__}")
+def _check_kinds(task: str, options: Mapping[str, Any], owner: Callable[..., Any]) -> None:
+    """Refuses a text for a number, and a word that is none of a Literal's, by the annotations of `owner`."""
+    hints = get_type_hints(owner)
+    for option, value in options.items():
+        hint = hints[option]
+        if get_origin(hint) is Literal:
+            if value not in get_args(hint):
+                raise unknown(option, str(value), map(str, get_args(hint)))
+        elif hint in (int, float, str, bool):
+            fits = isinstance(value, (int, float) if hint is float else hint)
+            if not fits or (isinstance(value, bool) and hint is not bool):
+                raise UsageError(f"option {option} of task {task} is {value!r}; give it as {hint.__name__}")
 
 
 def _finished(task: ProblemSet, common: Common) -> Task:
-    for option in fields(Common):
-        _check_kind(task.name, option.name, getattr(common, option.name), option.default)
     style = common.style or task.layout.style
-    if style not in STYLES:
-        raise unknown("prompt style", style, STYLES)
     layout = replace(
         task.layout,
         style=style,
@@ -220,8 +213,6 @@ def _finished(task: ProblemSet, common: Common) -> Task:
             return FormatOnlyReward(made, "bare")
         case "format_found_reward":
             return FormatOnlyReward(made, "found")
-        case other:
-            raise unknown("control", other, ["random_reward", "format_only_reward", "format_found_reward"])
 
 
 def _verifier(text: str) -> Verifier:

@@ -1,9 +1,10 @@
 """What a task is: problems, prompts and a judge; and `ProblemSet`, the one implementation behind all built-in tasks.
 
-A task is a point in a product of choices, source × layout × verifier × rewards (DESIGN §1 in small): where problems come
-from (`gym.Gym`, `records.Records`), how they are asked (`Layout`), what a right answer is (`verifiers`) and what it pays
-(`Rewards`). All four are frozen dataclasses of plain values, so `runs.encode` can store a task; loaded problems are cached
-outside the fields. Left out: turn-taking environments, and rewards between right and wrong (pass a callable for these).
+A task is a point in a product of choices, source × layout × verifier × rewards (DESIGN §1 in small): where problems
+come from (`gym.Gym`, `records.Records`), how they are asked (`Layout`), what a right answer is (`verifiers`) and what
+it pays (`Rewards`). All four are frozen dataclasses of plain values, so `runs.encode` can store a task; loaded
+problems are cached outside the fields. Left out: turn-taking environments, and rewards between right and wrong (pass
+a callable for these).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 from steerlab.errors import UsageError
 
@@ -78,7 +79,7 @@ class Rewards:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a problem is asked: prompt style, a system text, a suffix to the question, solved train examples before it."""
+    """How a problem is asked: prompt style, system text, a suffix to the question, solved train examples before it."""
 
     style: Style = "chat"
     system: str = ""
@@ -87,12 +88,18 @@ class Layout:
     shots_seed: int = 0
 
 
+@runtime_checkable
 class Source(Protocol):
     """Where problems come from. Loading is deterministic; `load` may be called often and should cache."""
 
     def load(self) -> Mapping[Split, tuple[Problem, ...]]: ...
 
+    def doubt(self, problem: Problem) -> str:
+        """Why the data set's own working speaks against its gold answer; "" if nothing does."""
+        ...
 
+
+@runtime_checkable
 class Verifier(Protocol):
     """What a right answer is."""
 
@@ -101,10 +108,13 @@ class Verifier(Protocol):
         ...
 
     def solved(self, problem: Problem) -> str | None:
-        """The gold answer alone, written the way this verifier reads answers; None where the task has no gold answers."""
+        """The gold answer alone, written the way this verifier reads answers; None where the task has no gold
+        answers.
+        """
         ...
 
 
+@runtime_checkable
 class Task(Protocol):
     """What the rest of steerlab sees of a task."""
 
@@ -146,9 +156,7 @@ class ProblemSet:
         layout = self.layout
         turns = [Message("system", layout.system)] if layout.system else []
         for example in self.examples(problem):
-            solved = self.verifier.solved(example)
-            if solved is None:
-                raise UsageError(f"task {self.name} has no gold answers to show; use it without few-shot examples")
+            solved = self.verifier.solved(example) or ""
             turns += [Message("user", self._asked(example)), Message("assistant", solved)]
         turns.append(Message("user", self._asked(problem)))
         return Prompt(tuple(turns), layout.style)
@@ -167,25 +175,31 @@ class ProblemSet:
         return [self._paid(v) for v in self.verifier(problems, texts)]
 
     def validate(self) -> list[tuple[Problem, Judgement]]:
-        """Problems of both splits whose own gold answer does not score, each with its judgement.
+        """Problems of both splits whose gold answer does not score, or contradicts the working that the row carries.
 
-        Without gold answers (IFEval): problems about which the verifier complains in a note that begins "bad problem".
+        Each comes with a judgement whose note says why. Without gold answers (IFEval): problems about which the
+        verifier complains in a note that begins "bad problem".
         """
         everything = list(self._everything())
         golds = [self.verifier.solved(p) for p in everything]
         judged = self.judge(everything, [gold or "" for gold in golds])
-        return [
-            (p, j)
-            for p, gold, j in zip(everything, golds, judged, strict=True)
-            if (j.note.startswith("bad problem") if gold is None else not j.correct)
-        ]
+        failures = []
+        for problem, gold, judgement in zip(everything, golds, judged, strict=True):
+            if gold is None:
+                fails, why = judgement.note.startswith("bad problem"), judgement.note
+            else:
+                doubt = self.source.doubt(problem)
+                fails, why = bool(doubt) or not judgement.correct, doubt or judgement.note
+            if fails:
+                failures.append((problem, replace(judgement, reward=self.rewards.wrong, correct=False, note=why)))
+        return failures
 
     def few_shot(self, n: int, seed: int = 0) -> ProblemSet:
         """The same task with `n` solved train examples before each question, drawn with `seed`."""
         if n < 0:
             raise UsageError(f"few-shot needs n ≥ 0, not {n}")
-        if n:
-            _draw_examples(self.source, n, seed)
+        if n and any(self.verifier.solved(e) is None for e in _draw_examples(self.source, n, seed)):
+            raise UsageError(f"task {self.name} has no gold answers to show; use it without few-shot examples")
         return replace(self, layout=replace(self.layout, shots=n, shots_seed=seed))
 
     def _paid(self, verdict: Verdict) -> Judgement:

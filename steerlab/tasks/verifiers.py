@@ -1,9 +1,10 @@
-r"""What a right answer is: last number, last `\boxed{}`, a letter, a pattern, the last line, or a function of the user's.
+r"""What a right answer is: last number, last `\boxed{}`, a letter, a pattern, the last line, or a function of the
+user's.
 
-Each verifier is a frozen dataclass called with problems and completions in batches. Whatever could take unbounded time on a
-hostile completion (symbolic checks, patterns, user code) runs in `workers`; the rest is linear in the text.
-core.md §2: the papers compare `\boxed{gold}` with the last `\boxed{…}` by math-verify, and wrap the last <answer> of the r1
-template in a box first; no box means wrong. Known limits of math-verify 0.9: it says `50\%` ≠ `1/2`.
+Each verifier is a frozen dataclass called with problems and completions in batches. Whatever could take unbounded
+time on a hostile completion (symbolic checks, patterns, user code) runs in `workers`; the rest is linear in the text.
+core.md §2: the papers compare `\boxed{gold}` with the last `\boxed{…}` by math-verify, and wrap the last <answer> of
+the r1 template in a box first; no box means wrong. Known limits of math-verify 0.9: it says `50\%` ≠ `1/2`.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class LastNumber:
 
 @dataclass(frozen=True)
 class Boxed:
-    r"""The last `\boxed{…}`, compared by math-verify within `limit_s`; with `tag`, the last <answer>…</answer> counts as a box."""
+    r"""The last `\boxed{…}`, compared by math-verify within `limit_s`; with `tag`, the last <answer>…</answer> counts
+    as a box.
+    """
 
     tag: bool = False
     limit_s: float = 5.0

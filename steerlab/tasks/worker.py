@@ -1,9 +1,9 @@
 """The process that does what must be bounded in time: symbolic checks, foreign scorers, regular expressions, user code.
 
-Run as a script by `workers.Pool` (`python -P worker.py KIND`), one JSON line in, one out, so it must not import steerlab
-(that would load torch). Every request carries `limit_s`; past it the operating system ends this process, even inside C code
-and even if the parent is gone. Hash seed 0 is set by the parent: some reasoning-gym data sets iterate over sets of strings.
-Left out: a sandbox. User functions are the user's own code.
+Run as a script by `workers.Pool` (`python -P worker.py KIND`), one JSON line in, one out, so it must not import
+steerlab (that would load torch). Every request carries `limit_s`; past it the operating system ends this process,
+even inside C code and even if the parent is gone. Hash seed 0 is set by the parent: some reasoning-gym data sets
+iterate over sets of strings. Left out: a sandbox. User functions are the user's own code.
 """
 
 from __future__ import annotations
@@ -32,16 +32,19 @@ MOST_DRAWS = 200_000
 def math_handlers() -> dict[str, Callable[..., Answer]]:
     from math_verify import parse, verify
 
+    # math-verify's own time limits use SIGALRM, which ends this process: None (untyped upstream) switches them off.
+    never: Any = None
+
     @functools.lru_cache(maxsize=4096)
     def gold_of(answer: str) -> list:
-        return parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
+        return parse(f"\\boxed{{{answer}}}", parsing_timeout=never)
 
     def check(gold: str, answer: str) -> Answer:
         target = gold_of(gold)
         if not target:
             return {"correct": False, "note": "math-verify cannot read the gold answer"}
-        found = parse(f"\\boxed{{{answer}}}", parsing_timeout=None)
-        return {"correct": bool(verify(target, found, timeout_seconds=None))}
+        found = parse(f"\\boxed{{{answer}}}", parsing_timeout=never)
+        return {"correct": bool(verify(target, found, timeout_seconds=never))}
 
     return {"math": check}
 
@@ -52,8 +55,9 @@ def gym_handlers() -> dict[str, Callable[..., Answer]]:
     @functools.lru_cache(maxsize=32)
     def opened(dataset: str, parameters: str, seed: int) -> Any:
         make_dataset, make_config = DATASETS[dataset]
-        config = make_config(**json.loads(parameters), seed=seed, size=MOST_DRAWS)
-        config.validate()
+        config = make_config(**json.loads(parameters), seed=seed)
+        if hasattr(config, "validate"):  # two data sets have none
+            config.validate()
         return make_dataset(config=config)
 
     @functools.lru_cache(maxsize=100_000)
@@ -76,7 +80,10 @@ def gym_handlers() -> dict[str, Callable[..., Answer]]:
         for index in range(MOST_DRAWS):
             if len(kept) == wanted or idle > PATIENCE * max(len(kept), 20):
                 break
-            item = data[index]
+            try:
+                item = data[index]
+            except IndexError:  # made beforehand, in its own size
+                break
             idle = idle + 1 if item["question"] in kept else 0
             kept.setdefault(item["question"], (index, item["question"], item["answer"], item["metadata"]))
         return {"problems": list(kept.values())}

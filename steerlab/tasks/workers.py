@@ -1,4 +1,5 @@
-"""A small pool of worker processes with a hard time limit for each request; safe from threads, processes and after a fork.
+"""A small pool of worker processes with a hard time limit for each request; safe from threads, processes and after a
+fork.
 
 Workers are plain child processes that speak JSON lines (no pickles, and no re-import of the caller's `__main__`, as
 multiprocessing would do). One that overruns is killed and replaced. Left out: queues across machines.
@@ -25,7 +26,8 @@ Request = dict[str, Any]
 Answer = dict[str, Any]
 START_S = 180.0  # importing sympy or reasoning-gym takes seconds, on a busy machine many
 _REMEMBERED = 50_000
-_PER_WORKER = 256  # requests that make a further worker worth its start
+_PER_WORKER = {"math": 256}  # requests that make a further worker worth its start; other kinds are quicker or rare
+_PER_OTHER_WORKER = 2_000
 _SCRIPT = Path(__file__).with_name("worker.py")
 
 
@@ -122,7 +124,7 @@ class Pool:
         with self._lock:
             known = {k: self._answers[k] for k in keys if k in self._answers} if remember else {}
         fresh = {k: r for k, r in zip(keys, requests, strict=True) if k not in known}
-        n_threads = min(self._most, 1 + len(fresh) // _PER_WORKER)
+        n_threads = min(self._most, 1 + len(fresh) // _PER_WORKER.get(self.kind, _PER_OTHER_WORKER))
         if n_threads == 1:
             found = [self.ask(r, limit_s) for r in fresh.values()]
         else:
@@ -164,7 +166,7 @@ def _close_all() -> None:
 
 
 def _after_fork() -> None:
-    """A forked child must not talk over its parent's pipes, nor end its workers: it forgets them, and starts its own."""
+    """A forked child must neither use its parent's pipes nor end its workers: it forgets them and starts its own."""
     global _pools, _pools_lock
     _inherited.append(_pools)
     _pools, _pools_lock = {}, threading.Lock()

@@ -7,7 +7,7 @@ returns one.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from steerlab.adapters import Steering
 from steerlab.errors import UsageError
@@ -19,6 +19,7 @@ from steerlab.training.sources import Source
 from steerlab.training.updaters import AdamW
 
 
+@runtime_checkable
 class SourceSpec(Protocol):
     """Frozen description of a source."""
 

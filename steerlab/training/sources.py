@@ -7,7 +7,7 @@ which is why a resumed run needs no state from here.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ class Drawn:
     texts: list[dict[str, object]] = field(default_factory=list)
 
 
+@runtime_checkable
 class Source(Protocol):
     """Makes the batch of a step."""
 

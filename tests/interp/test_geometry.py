@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from steerlab.errors import UsageError
-from steerlab.interp.geometry import cosine_matrix, norms, singular_values, stable_rank
+from steerlab.interp.geometry import cosine_matrix, norms, singular_values, spectrum, stable_rank
 from steerlab.models.sites import Site
 
 
@@ -60,6 +60,13 @@ def test_stable_rank_is_made_of_the_singular_values_per_site():
     assert stable_rank(some).set_index("site")["stable_rank"].to_dict() == pytest.approx(squares.to_dict())
     pairs = cosine_matrix(some)
     assert len(pairs) == 16 + 4 and (pairs["site_i"] == pairs["site_j"]).all()
+
+
+def test_the_spectrum_follows_from_lengths_and_angles():
+    some = {**vectors(), Site("resid_post", 9): torch.zeros(6), Site("attn_out", 1): torch.ones(6)}
+    found, direct = spectrum(norms(some), cosine_matrix(some)), singular_values(some)
+    assert found[["site", "index"]].to_numpy().tolist() == direct[["site", "index"]].to_numpy().tolist()
+    assert found["singular_value"].tolist() == pytest.approx(direct["singular_value"].tolist(), abs=1e-6)
 
 
 def test_what_is_no_vector():

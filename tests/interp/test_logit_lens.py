@@ -105,4 +105,4 @@ def test_usage_errors():
 
 
 def test_token_text():
-    assert [token_text(Letters(), i) for i in (5, 7, 8, 100)] == ["t5", "â", " the", "<id 100>"]
+    assert [token_text(Letters(), i) for i in (5, 7, 8, 100)] == ["t5", "<0xE2>", " the", "<id 100>"]

@@ -1,0 +1,217 @@
+"""The rival: one GRPO step of TRL 1.16 on workload W, tuned as far as its own settings go.
+
+The trained parameters are ours: a Llama with `mlp_bias=True` in which everything but `down_proj.bias` is frozen, which
+in this pre-norm family *is* a steering vector at `resid_post` (DESIGN §5). PEFT would add overhead to the same thing.
+Weights and biases are resident in the dtype that steerlab uses in the same comparison; TRL's own defaults (fp32 master
+with bf16 autocast, gradient checkpointing, logging) are off because each makes it slower here. No reference model
+(beta = 0), one update per batch, `dapo` loss, Hugging Face generation: what TRL offers on a machine without a GPU.
+
+What is not stock TRL, all in `_TimedTrainer` and `_ForcedLengths`, and why:
+1. `generate` gets one more logits processor, which keeps the end token away until a row's length is reached and then
+   forces it. Cost: two indexed writes a token; a row that is done is done, as with any end token.
+2. Times are taken around `generate`, and from the trainer's own step-begin to its step-end event. Building the data
+   loader and the optimizer anew for every `train()` call is *not* counted, nor is anything else outside a step.
+Tokenizing, sampling, padding, rewards, advantages, log-probs, loss, backward, clipping and AdamW are TRL's and
+transformers' code, called by `trainer.train()`.
+
+`python analyses/benchmarks/trl_baseline.py FOLDER --dtype float32` prints a step per line; `--serve` waits for a line
+on standard input before each. FOLDER is a Hugging Face folder of SmolLM2-135M.
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import workload
+from datasets import Dataset
+from torch import Tensor
+from transformers import (
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PrinterCallback,
+    TrainerCallback,
+)
+from transformers.utils import logging
+from trl import GRPOConfig, GRPOTrainer
+from workload import StepInfo, Workload
+
+
+class _ForcedLengths(LogitsProcessor):
+    """The end token at each row's own length and nowhere before."""
+
+    def __init__(self, lengths: tuple[int, ...], eos: int) -> None:
+        self.lengths, self.eos, self.n_prompt = torch.tensor(lengths), eos, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        ends = self.lengths <= input_ids.shape[1] - self.n_prompt + 1
+        scores[ends] = -torch.inf
+        scores[:, self.eos] = torch.where(ends, 0.0, -torch.inf).to(scores.dtype)
+        return scores
+
+
+class _TimedTrainer(GRPOTrainer):
+    """GRPOTrainer that times its own parts; see the module's header for what else it does."""
+
+    def force(self, lengths: tuple[int, ...], eos: int) -> None:
+        """Every later `generate` ends each row at its length."""
+        processor, generate = _ForcedLengths(lengths, eos), self.model.generate
+
+        def timed(input_ids: Tensor, **inputs: object) -> Tensor:
+            processor.n_prompt = input_ids.shape[1]
+            start = time.perf_counter()
+            tokens = generate(input_ids=input_ids, logits_processor=LogitsProcessorList([processor]), **inputs)
+            self.rollout_s = time.perf_counter() - start
+            self.completion_tokens = int(_lengths(tokens[:, input_ids.shape[1] :], eos).sum())
+            return tokens
+
+        self.model.generate = timed
+
+
+class _Clock(TrainerCallback):
+    """Seconds and memory between the trainer's step-begin and step-end events."""
+
+    def on_step_begin(self, args: object, state: object, control: object, **kwargs: object) -> None:  # noqa: ARG002
+        self.base_bytes = workload.reset_peak_memory()
+        self.start = time.perf_counter()
+
+    def on_step_end(self, args: object, state: object, control: object, **kwargs: object) -> None:  # noqa: ARG002
+        self.wall_s = time.perf_counter() - self.start
+        self.peak_bytes = workload.peak_memory()
+
+
+def build_model(folder: Path, dtype: torch.dtype, layers: tuple[int, ...] | None = None) -> LlamaForCausalLM:
+    """SmolLM2 as a Llama with MLP biases of zero; only the down-projections' are trained, of `layers` or of all."""
+    config = LlamaConfig.from_pretrained(folder)
+    config.mlp_bias = True
+    logging.set_verbosity_error()  # it would report the new biases as missing
+    model = LlamaForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
+    for name, parameter in model.named_parameters():
+        if ".mlp." in name and name.endswith("bias"):
+            torch.nn.init.zeros_(parameter)
+        parameter.requires_grad_(False)
+    for layer in range(config.num_hidden_layers) if layers is None else layers:
+        model.model.layers[layer].mlp.down_proj.bias.requires_grad_(True)
+    return model
+
+
+def make_step(
+    folder: Path,
+    dtype: torch.dtype,
+    layers: tuple[int, ...] | None = None,
+    micro_batch: int = 8,
+    lr: float = 1e-3,
+) -> Callable[[], StepInfo]:
+    """A function that runs one full step of TRL on workload W and reports it. Call it once to warm up.
+
+    layers: the trained ones, None for all; the backward pass stops at the lowest of them here as well.
+    micro_batch: rows per forward and backward pass of the update; generation is one batch of all rows in any case.
+    """
+    work = workload.load()
+    trainer = _trainer(work, build_model(folder, dtype, layers), folder, micro_batch, lr)
+    trainer.remove_callback(PrinterCallback)  # it would print between the lines that `serve` writes
+    trainer.force(work.lengths, work.eos)
+    clock = _Clock()
+    trainer.add_callback(clock)
+
+    def step() -> StepInfo:
+        trainer.train()
+        assert trainer.completion_tokens == sum(work.lengths), "the forced lengths were not kept"
+        return StepInfo(
+            wall_s=clock.wall_s,
+            rollout_s=trainer.rollout_s,
+            update_s=clock.wall_s - trainer.rollout_s,
+            prompt_tokens=sum(len(group.tokens) for group in work.groups) * work.group_size,
+            completion_tokens=trainer.completion_tokens,
+            base_bytes=clock.base_bytes,
+            peak_bytes=clock.peak_bytes,
+        )
+
+    return step
+
+
+def _trainer(work: Workload, model: LlamaForCausalLM, folder: Path, micro_batch: int, lr: float) -> _TimedTrainer:
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    for group in work.groups:
+        assert tuple(tokenizer(group.text)["input_ids"]) == group.tokens, "this tokenizer is not SmolLM2's"
+    rows = len(work.lengths)
+
+    def reward(prompts: list[str], **_: object) -> list[float]:
+        assert prompts == [group.text for group in work.groups for _ in group.lengths], "rows are in another order"
+        return list(work.rewards)
+
+    arguments = GRPOConfig(
+        output_dir=tempfile.mkdtemp(),
+        max_steps=1,
+        per_device_train_batch_size=micro_batch,
+        gradient_accumulation_steps=rows // micro_batch,
+        steps_per_generation=rows // micro_batch,
+        num_generations=work.group_size,
+        max_completion_length=max(work.lengths),
+        shuffle_dataset=False,
+        loss_type="dapo",
+        beta=0.0,
+        temperature=1.0,
+        learning_rate=lr,
+        lr_scheduler_type="constant",
+        max_grad_norm=2.0,
+        gradient_checkpointing=False,
+        use_cpu=True,
+        bf16=False,
+        fp16=False,
+        optim="adamw_torch",
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    return _TimedTrainer(
+        model=model,
+        reward_funcs=[reward],
+        args=arguments,
+        train_dataset=Dataset.from_dict({"prompt": [group.text for group in work.groups]}),
+        processing_class=tokenizer,
+    )
+
+
+def _lengths(tokens: Tensor, eos: int) -> Tensor:
+    """Tokens up to and including the first end token, per row."""
+    return ((tokens == eos).cumsum(1) == 0).sum(1) + 1
+
+
+def main() -> None:
+    """Prints steps as lines of JSON."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--micro-batch", type=int, default=8)
+    parser.add_argument("--layers", type=int, nargs="+", help="trained layers; all of them when not given")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=2, help="the first is a warm-up")
+    parser.add_argument("--serve", action="store_true", help="one step per line on standard input")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    layers = None if options.layers is None else tuple(options.layers)
+    step = make_step(options.folder, getattr(torch, options.dtype), layers, options.micro_batch)
+    if options.serve:
+        workload.serve(step)
+        return
+    for _ in range(options.steps):
+        print(json.dumps(asdict(step())), flush=True)
+
+
+if __name__ == "__main__":
+    main()

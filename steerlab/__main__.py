@@ -1,0 +1,294 @@
+"""The command line: words in, runs and lines out. Thin: it reads options, calls `execute`, and prints.
+
+A mistake is one line on stderr and exit code 2, a run that failed 1, Ctrl-C 130. Faults of ours keep their traceback.
+Commands are the functions of COMMANDS; their signatures are their options and their docstrings their help pages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from steerlab.arguments import options_of, parse, say, task_options
+from steerlab.errors import RunFailed, UsageError, unknown
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from steerlab.runs import Run
+
+RunFolder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="Folder of a run.")]
+RunOrVectors = Annotated[
+    str, tyro.conf.Positional, tyro.conf.arg(help="Folder of a run, or a .safetensors or .npy file of vectors.")
+]
+OtherWeights = Annotated[bool, tyro.conf.arg(help="Use the vectors though they were trained on other weights.")]
+TaskOptions = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], say("task_option")]
+
+
+class Stopped(Exception):
+    """Ctrl-C, with what to say about it."""
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the command in `words` (default: the process's arguments). Returns the exit code."""
+    try:
+        return dispatch(list(sys.argv[1:] if words is None else words))
+    except SystemExit as left:  # tyro's --help
+        return int(left.code or 0)
+    except UsageError as error:
+        return complain(error, 2)
+    except RunFailed as error:
+        return complain(error, 1)
+    except Stopped as stopped:
+        return complain(stopped, 130)
+    except KeyboardInterrupt:
+        return complain("stopped", 130)
+    except BrokenPipeError:  # `steerlab tasks | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def complain(said: object, code: int) -> int:
+    """One line on stderr."""
+    print(f"steerlab: {' '.join(str(said).split())}", file=sys.stderr, flush=True)
+    return code
+
+
+def dispatch(words: list[str]) -> int:
+    """Find the command and call it with its options."""
+    if not words or words[0] in ("-h", "--help", "help"):
+        return overview()
+    if words[0] == "--version":
+        from importlib.metadata import version
+
+        print(version("steerlab"))
+        return 0
+    name, rest = words[0], words[1:]
+    if name not in COMMANDS:
+        raise unknown("command", name, COMMANDS)
+    if name == "train":
+        return train(rest)
+    return int(parse(COMMANDS[name], rest, f"steerlab {name}") or 0)
+
+
+def overview() -> int:
+    """The page of `steerlab --help`."""
+    print("usage: steerlab COMMAND [OPTIONS]\n")
+    print("Train steering vectors on frozen language models with reinforcement learning, and read what they do.\n")
+    lines([(name, summary(command)) for name, command in COMMANDS.items()])
+    print("\nsteerlab COMMAND --help shows the options. Start with: steerlab quickstart")
+    return 0
+
+
+def train(words: list[str]) -> int:
+    """Train steering vectors by a recipe, evaluate them beside the baselines, write the report."""
+    from steerlab.recipes import RECIPES
+
+    if not words or words[0] in ("-h", "--help"):
+        print(f"usage: steerlab train RECIPE --task NAME [OPTIONS]\n\n{summary(train)}\n\nrecipes:")
+        lines([(name, summary(recipe)) for name, recipe in RECIPES.items()])
+        print("\nsteerlab train RECIPE --help shows its options; --plan says first what a run would cost.")
+        return 0
+    name, rest = words[0], words[1:]
+    if name not in RECIPES:
+        raise unknown("recipe", name, RECIPES)
+    options: Any = parse(options_of(RECIPES[name], name), rest, f"steerlab train {name}")
+    from steerlab.tasks import make
+
+    experiment = options.experiment(make(options.task, **task_options(options.task_option)))
+    if options.plan:
+        from steerlab.plan import plan
+
+        lines(plan(experiment).rows())
+        return 0
+    label = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(experiment.source.task.name).stem)
+    folder = options.out or f"runs/{name}-{label}-seed{experiment.seed}"
+    return carry_out(folder, lambda progress: run_experiment(experiment, folder, progress))
+
+
+def quickstart(
+    out: Annotated[str, say("out")] = "runs/quickstart",
+    seed: Annotated[int, say("seed")] = 0,
+    scale: Literal["tiny", "small"] = "small",
+    model: Annotated[str, say("model")] = "smollm2-135m",
+) -> int:
+    """Train steering vectors on one-digit sums, measure the gain, write a report: minutes on two cores.
+
+    Args:
+        scale: small is the real thing; tiny takes seconds and shows only that everything works.
+    """
+    from dataclasses import replace
+
+    from steerlab.recipes import rloo
+    from steerlab.tasks import make
+
+    task = make("chain_sum")
+    experiment = rloo(task, model, seed=seed)
+    if scale == "tiny":
+        experiment = rloo(task, model, seed=seed, steps=3, prompts=4, samples=4, max_new_tokens=8)
+        experiment = replace(experiment, evaluation=replace(experiment.evaluation, limit=8, samples=2))
+    code = carry_out(out, lambda progress: run_experiment(experiment, out, progress))
+    print(f'\nnext:  steerlab generate {out} --prompt "What is 3 + 4?" --base\n       steerlab lens {out}')
+    return code
+
+
+def resume(folder: RunFolder) -> int:
+    """Go on with a run that was stopped, in its own dtype and threads; a finished one is only shown."""
+
+    def go_on(progress: Any) -> Run:
+        from steerlab import execute
+
+        return execute.resume(folder, reporter=progress)
+
+    return carry_out(folder, go_on)
+
+
+def run_experiment(experiment: Any, folder: str, progress: Any) -> Run:
+    """`execute.execute`, imported when it is needed."""
+    from steerlab import execute
+
+    return execute.execute(experiment, folder, reporter=progress)
+
+
+def carry_out(folder: str, work: Callable[[Any], Run]) -> int:
+    """Do `work` with a progress line, then show what came out. Ctrl-C says how to go on."""
+    from steerlab.progress import Progress
+
+    with stoppable(folder), Progress(console()) as progress:
+        run = work(progress)
+    show_scores(run.table("scores"), run.table("completions"))
+    print(f"report: {run.path('report.html')}")
+    return 0
+
+
+@contextlib.contextmanager
+def stoppable(folder: str) -> Iterator[None]:
+    """Turns Ctrl-C into the line that says where the run in `folder` stands."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from steerlab.runs import Run
+
+        if not (Path(folder) / "manifest.json").exists():
+            raise Stopped("stopped before anything was written") from None
+        found = Run.open(folder).load_checkpoint()
+        raise Stopped(f"stopped at step {found[0] if found else 0}; resume with: steerlab resume {folder}") from None
+
+
+def evaluate(
+    target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="Run or vectors; nothing for a base model.")] = "",
+    model: Annotated[str, say("model_of")] = "",
+    task: Annotated[str, tyro.conf.arg(help="Default: the task of the run. See `steerlab tasks`.")] = "",
+    task_option: TaskOptions = (),
+    split: Annotated[Literal["test", "train"], tyro.conf.arg(help="test: held-out problems.")] = "test",
+    samples: Annotated[int, say("samples")] = 8,
+    temperature: Annotated[float, say("temperature")] = 1.0,
+    top_p: Annotated[float, say("top_p")] = 1.0,
+    max_new_tokens: Annotated[int | None, tyro.conf.arg(help="In tokens; default: as in the run, else 32.")] = None,
+    seeds: Annotated[tuple[int, ...], tyro.conf.arg(help="Seeds of the sampling, one or several.")] = (1000,),
+    limit: Annotated[int | None, tyro.conf.arg(help="Only the first so many problems.")] = None,
+    shots: Annotated[int, tyro.conf.arg(help="Solved examples for the few-shot baseline; 0 leaves it out.")] = 4,
+    greedy: Annotated[bool, tyro.conf.arg(help="Leave out the greedy baseline.")] = True,
+    dtype: Annotated[str, say("dtype")] = "auto",
+    out: Annotated[str, tyro.conf.arg(help="Folder for the tables; default: the run's own.")] = "",
+    allow_other_weights: OtherWeights = False,
+) -> int:
+    """Score a run, a file of vectors or a base model on a task, beside the greedy and few-shot baselines.
+
+    The tables go to the run's folder as scores@TASK and completions@TASK, or to --out.
+    """
+    from steerlab.execute import answer_about
+    from steerlab.progress import Progress
+    from steerlab.rollouts import Evaluation, Sampling
+    from steerlab.subjects import subject
+    from steerlab.tasks import make
+
+    if not seeds:
+        raise UsageError("--seeds needs at least one number")
+    chosen = make(task, **task_options(task_option)) if task else None
+    if chosen is None and task_option:
+        raise UsageError("--task-option needs --task; the run's own task has its options already")
+    about = subject(target, model, dtype, allow_other_weights)
+    before = about.experiment
+    if chosen is None and before is None:
+        raise UsageError("no task to evaluate on; add --task NAME")
+    limit_tokens = max_new_tokens or (before.evaluation.sampling.max_new_tokens if before else 32)
+    evaluation = Evaluation(
+        split, samples, Sampling(temperature, top_p, limit_tokens), seeds[0], greedy, shots, limit
+    )
+    with Progress(console()) as progress:
+        found = answer_about(about, chosen, evaluation, seeds, out, progress)
+    show_scores(found.scores, found.completions)
+    for path in found.written:
+        print(f"wrote {path}")
+    return 0
+
+
+def generate(
+    run: RunOrVectors,
+    prompt: Annotated[str, tyro.conf.arg(help="What to ask.")],
+    scale: Annotated[float, tyro.conf.arg(help="Multiplies the vectors; 1 as trained, 0 none, -1 reversed.")] = 1.0,
+    base: Annotated[bool, tyro.conf.arg(help="Show the base model's answers first.")] = False,
+    samples: Annotated[int, tyro.conf.arg(help="Answers of each.")] = 1,
+    temperature: Annotated[float, say("temperature")] = 1.0,
+    max_new_tokens: Annotated[int, say("max_new_tokens")] = 64,
+    seed: Annotated[int, say("seed")] = 0,
+    style: Annotated[
+        Literal["auto", "chat", "plain", "qwen_math", "r1"], tyro.conf.arg(help="Prompt style; auto: chat if it can.")
+    ] = "auto",
+    model: Annotated[str, say("model_of")] = "",
+    allow_other_weights: OtherWeights = False,
+) -> int:
+    """Let a steered model answer a prompt, beside the base model if you like."""
+    from steerlab import execute
+    from steerlab.rollouts import Sampling
+    from steerlab.subjects import subject
+    from steerlab.tasks import Message, Prompt, encode
+
+    if samples < 1:
+        raise UsageError(f"samples is {samples}; it must be at least 1")
+    sampling = Sampling(temperature, max_new_tokens=max_new_tokens)
+    about = subject(run, model, allow_other_weights=allow_other_weights)
+    assert about.vectors is not None  # a target was given
+    chosen = style if style != "auto" else ("chat" if about.model.tokenizer.chat_template else "plain")
+    tokens = encode(Prompt((Message("user", prompt),), chosen), about.model.tokenizer)
+    asked = {"base": None} if base else {}
+    asked |= {f"steered × {scale:g}": about.vectors * scale}
+    for name, vectors in asked.items():
+        for text in execute.generate(about.model, vectors, tokens, sampling, samples=samples, seed=seed):
+            print(f"[{name}] {text.strip()}")
+    return 0
+
+
+def lens(
+    run: RunOrVectors,
+    k: Annotated[int, tyro.conf.arg(help="Tokens at each end of the vocabulary.")] = 6,
+    readout: Annotated[Literal["cosine", "dot", "softmax"], tyro.conf.arg(help="How tokens are scored.")] = "cosine",
+    layers: Annotated[tuple[int, ...] | None, say("layers")] = None,
+    model: Annotated[str, say("model_of")] = "",
+    out: Annotated[str, tyro.conf.arg(help="Also write the whole table to this .csv or .parquet file.")] = "",
+    allow_other_weights: OtherWeights = False,
+) -> int:
+    """Show which tokens each vector points to and away from in the unembedding (logit lens)."""
+    from steerlab.interp.logit_lens import logit_lens
+    from steerlab.subjects import subject
+    from steerlab.tables import write
+
+    if out and Path(out).suffix not in (".csv", ".parquet"):
+        raise UsageError(f"{out} is no table; name a .csv or .parquet file")
+    about = subject(run, model, allow_other_weights=allow_other_weights)
+    assert about.vectors is not None  # a target was given
+    vectors = about.vectors if layers is None else about.vectors.select(layers)
+    table = logit_lens(vectors, about.model.unembedding.weight, about.model.tokenizer, k, (readout,))
+    show_lens(table, vectors)
+    if out:
+        write(table, out)
+        print(f"wrote {out}")
+    return 0

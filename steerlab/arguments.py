@@ -1,0 +1,165 @@
+"""From the words of a command line to a call: one-line errors for tyro, options of a recipe, options of a task.
+
+tyro does the parsing and the help pages. What it says of a mistake is a drawing of several lines; here it becomes one
+line with the nearest names. A recipe's options are the parameters of its function, so a new recipe needs nothing here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import inspect
+import io
+import json
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from steerlab.errors import UsageError, unknown
+
+CONFIG = (tyro.conf.FlagCreatePairsOff,)
+
+MEANINGS: Mapping[str, str] = {
+    "task": "A name of `steerlab tasks`, a reasoning-gym data set, or a path to a .jsonl or .csv file.",
+    "task_option": "KEY=VALUE for the task, may be repeated, e.g. max_digits=2, train=500, control=random_reward.",
+    "model": "An alias of `steerlab models`, a hub id (owner/model), a folder, or a .gguf file.",
+    "layers": "Blocks that get a vector, counted from 0; None for all of them.",
+    "site": "Where the vector is added, e.g. resid_post, attn_out, mlp_out.",
+    "advantage": "How the rewards of a group become credit.",
+    "steps": "Training steps, one update each.",
+    "prompts": "Problems per step.",
+    "samples": "Completions per problem.",
+    "max_new_tokens": "Longest completion, in tokens.",
+    "temperature": "Sampling temperature; 0 is greedy.",
+    "top_p": "Sample from the smallest set of tokens with this much probability.",
+    "lr": "Peak learning rate.",
+    "seed": "Seed of every random draw.",
+    "dtype": "auto (bf16 where the machine has it in hardware, else fp32), fp32, bf16 or fp64.",
+    "out": "Folder of the run; must be new, empty, or hold the same run, which is then continued.",
+    "plan": "Say what the run would cost (passes, tokens, FLOPs, hours, bytes) and stop.",
+}
+
+
+def say(name: str) -> Any:
+    """The help text that every command gives an option of this name."""
+    return tyro.conf.arg(help=MEANINGS[name])
+
+
+def parse(call: Callable[..., Any], words: Sequence[str], prog: str) -> Any:
+    """Calls `call` (a function or dataclass) with the options in `words`. `--help` prints its page and exits.
+
+    Raises UsageError in one line for what does not fit.
+    """
+    options = option_names(call)
+    for word in words:
+        name = word.partition("=")[0].partition(".")[0]
+        if name.startswith("--") and name.replace("_", "-") not in options:
+            raise unknown(f"option of {prog}", name, options)
+    said = io.StringIO()
+    parsed: dict[str, Any] = {}
+
+    def keep(**values: Any) -> None:
+        parsed.update(values)
+
+    keep.__signature__ = inspect.signature(call)  # type: ignore[attr-defined]
+    keep.__annotations__ = typing.get_type_hints(call, include_extras=True)
+    keep.__doc__ = call.__doc__
+    try:
+        with contextlib.redirect_stderr(said):
+            tyro.cli(keep, prog=prog, args=list(words), config=CONFIG)
+    except SystemExit as left:
+        if left.code:
+            raise UsageError(f"{one_line(said.getvalue())}; see {prog} --help") from None
+        raise
+    return call(**parsed)
+
+
+def option_names(call: Callable[..., Any]) -> list[str]:
+    """All options a command knows, as they are typed. A switch that is on has only its `--no-` form."""
+    found = ["--help"]
+    for parameter in inspect.signature(call).parameters.values():
+        off = "no-" if parameter.default is True else ""
+        found.append(f"--{off}{parameter.name.replace('_', '-')}")
+    return found
+
+
+def one_line(drawn: str) -> str:
+    """The message inside tyro's box, without its title and without the pointer to the help page."""
+    rows = [row.strip("│ ") for row in drawn.splitlines() if row.startswith("│")]
+    rule = next((i for i, row in enumerate(rows) if row.startswith("──")), len(rows))
+    if rows and rows[0].startswith("Missing from"):
+        rule = 2  # the first of the missing options, without its help text
+    return " ".join(" ".join(rows[:rule]).split()).rstrip(".") or "these arguments do not fit"
+
+
+def task_options(pairs: Sequence[str]) -> dict[str, Any]:
+    """`("max_digits=2", "style=plain")` → {"max_digits": 2, "style": "plain"}. Values are read as JSON where they are."""
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            raise UsageError(f"task option {pair!r} is not KEY=VALUE; write e.g. --task-option max_digits=2")
+        if name in found:
+            raise UsageError(f"task option {name} is given twice; keep one")
+        try:
+            found[name.replace("-", "_")] = json.loads(text)
+        except ValueError:
+            found[name.replace("-", "_")] = {"True": True, "False": False}.get(text, text)
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """A parameter that is one of several parts: what may be typed, and what each word stands for."""
+
+    parts: Mapping[str, Any]
+
+    def word(self, part: Any) -> str:
+        return next(word for word, value in self.parts.items() if value == part)
+
+
+def choices() -> dict[Any, Choice]:
+    """Protocols whose implementations a person chooses by name."""
+    from steerlab.objectives import Advantage, GroupMean, GroupNormalised, LeaveOneOut
+
+    return {
+        Advantage: Choice(
+            {"leave_one_out": LeaveOneOut(), "group_mean": GroupMean(), "group_normalised": GroupNormalised()}
+        )
+    }
+
+
+def options_of(recipe: Callable[..., Any], name: str) -> type:
+    """A frozen dataclass whose fields are the recipe's parameters beside `task`, and those of `steerlab train`.
+
+    Its method `experiment(task)` calls the recipe.
+    """
+    kinds, known = typing.get_type_hints(recipe), choices()
+    fields: list[Any] = [
+        ("task", Annotated[str, say("task")]),
+        ("task_option", Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], say("task_option")], ()),
+    ]
+    for parameter in inspect.signature(recipe).parameters.values():
+        if parameter.name == "task":
+            continue
+        kind, default = kinds[parameter.name], parameter.default
+        if kind in known:
+            default = known[kind].word(default)
+            kind = Literal[tuple(known[kind].parts)]  # type: ignore[valid-type]
+        help_text = tyro.conf.arg(help=MEANINGS.get(parameter.name, parameter.name.replace("_", " ")))
+        required = parameter.default is inspect.Parameter.empty
+        fields.append((parameter.name, Annotated[kind, help_text], *(() if required else (default,))))
+    fields += [
+        ("out", Annotated[str, say("out")], ""),
+        ("plan", Annotated[bool, say("plan")], False),
+    ]
+
+    def experiment(self: Any, task: Any) -> Any:
+        chosen = {p: getattr(self, p) for p in inspect.signature(recipe).parameters if p != "task"}
+        return recipe(task, **{p: known[kinds[p]].parts[v] if kinds[p] in known else v for p, v in chosen.items()})
+
+    made = dataclasses.make_dataclass(f"{name}_options", fields, frozen=True, namespace={"experiment": experiment})
+    made.__doc__ = inspect.getdoc(recipe)
+    return made
