@@ -10,6 +10,7 @@ import contextlib
 import inspect
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -82,7 +83,7 @@ def overview() -> int:
     """The page of `steerlab --help`."""
     print("usage: steerlab COMMAND [OPTIONS]\n")
     print("Train steering vectors on frozen language models with reinforcement learning, and read what they do.\n")
-    lines([(name, summary(command)) for name, command in COMMANDS.items()])
+    show_names([(name, summary(command)) for name, command in COMMANDS.items()])
     print("\nsteerlab COMMAND --help shows the options. Start with: steerlab quickstart")
     return 0
 
@@ -93,7 +94,7 @@ def train(words: list[str]) -> int:
 
     if not words or words[0] in ("-h", "--help"):
         print(f"usage: steerlab train RECIPE --task NAME [OPTIONS]\n\n{summary(train)}\n\nrecipes:")
-        lines([(name, summary(recipe)) for name, recipe in RECIPES.items()])
+        show_names([(name, summary(recipe)) for name, recipe in RECIPES.items()])
         print("\nsteerlab train RECIPE --help shows its options; --plan says first what a run would cost.")
         return 0
     name, rest = words[0], words[1:]
@@ -106,7 +107,7 @@ def train(words: list[str]) -> int:
     if options.plan:
         from steerlab.plan import plan
 
-        lines(plan(experiment).rows())
+        show_names(plan(experiment).rows())
         return 0
     label = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(experiment.source.task.name).stem)
     folder = options.out or f"runs/{name}-{label}-seed{experiment.seed}"
@@ -159,11 +160,12 @@ def run_experiment(experiment: Any, folder: str, progress: Any) -> Run:
 
 def carry_out(folder: str, work: Callable[[Any], Run]) -> int:
     """Do `work` with a progress line, then show what came out. Ctrl-C says how to go on."""
+    from steerlab import show
     from steerlab.progress import Progress
 
     with stoppable(folder), Progress(console()) as progress:
         run = work(progress)
-    show_scores(run.table("scores"), run.table("completions"))
+    show.scores(console(), run.table("scores"), run.table("completions"))
     print(f"report: {run.path('report.html')}")
     return 0
 
@@ -204,10 +206,10 @@ def evaluate(
 
     The tables go to the run's folder as scores@TASK and completions@TASK, or to --out.
     """
-    from steerlab.execute import answer_about
+    from steerlab import show
     from steerlab.progress import Progress
     from steerlab.rollouts import Evaluation, Sampling
-    from steerlab.subjects import subject
+    from steerlab.subjects import answer_about, subject
     from steerlab.tasks import make
 
     if not seeds:
@@ -217,15 +219,11 @@ def evaluate(
         raise UsageError("--task-option needs --task; the run's own task has its options already")
     about = subject(target, model, dtype, allow_other_weights)
     before = about.experiment
-    if chosen is None and before is None:
-        raise UsageError("no task to evaluate on; add --task NAME")
     limit_tokens = max_new_tokens or (before.evaluation.sampling.max_new_tokens if before else 32)
-    evaluation = Evaluation(
-        split, samples, Sampling(temperature, top_p, limit_tokens), seeds[0], greedy, shots, limit
-    )
+    evaluation = Evaluation(split, samples, Sampling(temperature, top_p, limit_tokens), seeds[0], greedy, shots, limit)
     with Progress(console()) as progress:
         found = answer_about(about, chosen, evaluation, seeds, out, progress)
-    show_scores(found.scores, found.completions)
+    show.scores(console(), found.scores, found.completions)
     for path in found.written:
         print(f"wrote {path}")
     return 0
@@ -247,7 +245,7 @@ def generate(
     allow_other_weights: OtherWeights = False,
 ) -> int:
     """Let a steered model answer a prompt, beside the base model if you like."""
-    from steerlab import execute
+    from steerlab import execute, show
     from steerlab.rollouts import Sampling
     from steerlab.subjects import subject
     from steerlab.tasks import Message, Prompt, encode
@@ -263,7 +261,7 @@ def generate(
     asked |= {f"steered × {scale:g}": about.vectors * scale}
     for name, vectors in asked.items():
         for text in execute.generate(about.model, vectors, tokens, sampling, samples=samples, seed=seed):
-            print(f"[{name}] {text.strip()}")
+            print(f"[{name}] {show.clean(text.strip())}")
     return 0
 
 
@@ -277,9 +275,9 @@ def lens(
     allow_other_weights: OtherWeights = False,
 ) -> int:
     """Show which tokens each vector points to and away from in the unembedding (logit lens)."""
+    from steerlab import show
     from steerlab.interp.logit_lens import logit_lens
     from steerlab.subjects import subject
-    from steerlab.tables import write
 
     if out and Path(out).suffix not in (".csv", ".parquet"):
         raise UsageError(f"{out} is no table; name a .csv or .parquet file")
@@ -287,8 +285,109 @@ def lens(
     assert about.vectors is not None  # a target was given
     vectors = about.vectors if layers is None else about.vectors.select(layers)
     table = logit_lens(vectors, about.model.unembedding.weight, about.model.tokenizer, k, (readout,))
-    show_lens(table, vectors)
+    show.lens(console(), table, vectors)
     if out:
-        write(table, out)
+        with atomic_path(out) as path:
+            (table.to_csv if path.suffix == ".csv" else table.to_parquet)(path, index=False)
         print(f"wrote {out}")
     return 0
+
+
+def report(run: RunFolder) -> int:
+    """Write report.html of a run again from its tables, and say where it is."""
+    from steerlab.execute import write_report
+    from steerlab.runs import Run
+
+    print(write_report(Run.open(run)))
+    return 0
+
+
+def models() -> int:
+    """List the models that have a short name, and what else can be given."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from steerlab.models.origins import ALIASES
+
+    def there(packages: tuple[str, ...], remedy: str) -> str:
+        try:
+            return f"installed ({packages[0]} {version(packages[0])})"
+        except PackageNotFoundError:
+            return f"not installed; {remedy}"
+
+    show_names([(name, there(origin.distributions, origin.remedy)) for name, origin in ALIASES.items()])
+    show_names([("owner/model", "a hub id"), ("FOLDER", "config.json, safetensors, tokenizer"), ("FILE.gguf", "")])
+    return 0
+
+
+def recipes() -> int:
+    """List the training methods."""
+    from steerlab.recipes import RECIPES
+
+    show_names([(name, summary(recipe)) for name, recipe in RECIPES.items()])
+    return 0
+
+
+def tasks(
+    check: Annotated[str, tyro.conf.arg(help="Name of a task whose gold answers are to be scored.")] = "",
+    task_option: TaskOptions = (),
+    gym: Annotated[bool, tyro.conf.arg(help="Also list the data sets of reasoning-gym.")] = False,
+) -> int:
+    """List the tasks, or check that a task's gold answers score full marks (exit code 1 if some do not)."""
+    from steerlab.tasks import TASKS, make
+    from steerlab.tasks.benchmarks import BENCHMARKS
+    from steerlab.tasks.gym import names
+
+    if check:
+        failing = make(check, **task_options(task_option)).validate()
+        if not failing:
+            print(f"{check}: every gold answer scores full marks")
+            return 0
+        print(f"{check}: {len(failing)} gold answers do not score")
+        show_names([(f"problem {p.id}", f"{p.answer!r}, read as {j.extracted!r} {j.note}") for p, j in failing])
+        return 1
+    benchmark = "benchmark; its data are given as path= or found in $STEERLAB_DATA"
+    show_names([(name, summary(task) or (benchmark if name in BENCHMARKS else "")) for name, task in TASKS.items()])
+    show_names([("FILE.jsonl, FILE.csv", "your own questions and answers"), ("NAME", "any reasoning-gym data set")])
+    if gym:
+        print("\n".join(names()))
+    return 0
+
+
+def console() -> Console:
+    """Where results and progress go: standard output, plain where it is no terminal."""
+    from rich.console import Console
+
+    return Console()
+
+
+def show_names(rows: Sequence[tuple[str, str]]) -> None:
+    """Two columns, wrapped to the width of the terminal."""
+    width = max(len(name) for name, _ in rows)
+    room = max(40, (console().width if sys.stdout.isatty() else 120) - width - 4)
+    for name, meaning in rows:
+        told = textwrap.wrap(meaning, room) or [""]
+        print(f"  {name:<{width}}  {told[0]}".rstrip())
+        for more in told[1:]:
+            print(" " * (width + 4) + more)
+
+
+def summary(thing: object) -> str:
+    """First sentence of a docstring."""
+    return (inspect.getdoc(thing) or "").partition("\n\n")[0].replace("\n", " ")
+
+
+COMMANDS: Mapping[str, Callable[..., int]] = {
+    "quickstart": quickstart,
+    "train": train,
+    "resume": resume,
+    "eval": evaluate,
+    "generate": generate,
+    "lens": lens,
+    "report": report,
+    "models": models,
+    "recipes": recipes,
+    "tasks": tasks,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

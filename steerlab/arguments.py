@@ -25,6 +25,7 @@ MEANINGS: Mapping[str, str] = {
     "task": "A name of `steerlab tasks`, a reasoning-gym data set, or a path to a .jsonl or .csv file.",
     "task_option": "KEY=VALUE for the task, may be repeated, e.g. max_digits=2, train=500, control=random_reward.",
     "model": "An alias of `steerlab models`, a hub id (owner/model), a folder, or a .gguf file.",
+    "model_of": "As for train; default: the model that the vectors were trained on.",
     "layers": "Blocks that get a vector, counted from 0; None for all of them.",
     "site": "Where the vector is added, e.g. resid_post, attn_out, mlp_out.",
     "advantage": "How the rewards of a group become credit.",

@@ -278,7 +278,13 @@ def write_report(run: Run) -> Path:
 
 
 def generate(
-    model: LanguageModel, vectors: SteeringVectors | None, prompt: list[int], sampling: Sampling, *, samples: int, seed: int
+    model: LanguageModel,
+    vectors: SteeringVectors | None,
+    prompt: list[int],
+    sampling: Sampling,
+    *,
+    samples: int,
+    seed: int,
 ) -> list[str]:
     """Completions of one tokenised prompt, with or without vectors."""
     out = Policy(model, vectors).sample([prompt], Rows.grid([0], samples), sampling, seed=seed)

@@ -27,6 +27,7 @@ from steerlab.errors import UsageError
 from steerlab.models import LanguageModel, load
 from steerlab.models.origins import detect_dtype
 from steerlab.models.sites import architecture, sizes
+from steerlab.progress import duration
 from steerlab.rollouts import Sampling
 from steerlab.tasks import Problem, Task, encode
 from steerlab.training import Experiment, Rollouts
@@ -226,6 +227,47 @@ class Plan:
     def peak_bytes(self) -> float:
         trained = 16 * self.n_trained  # fp32: vectors, gradients, two moments
         return self.weight_bytes + trained + max(self.decode_bytes, self.update_bytes) + RUNTIME_BYTES
+
+    def rows(self) -> list[tuple[str, str]]:
+        """What a person reads, in two columns."""
+        shape, source = self.shape, self.experiment.source
+        assert isinstance(source, Rollouts)
+        how = "counted" if self.counted else f"about, at {CHARACTERS_PER_TOKEN:g} characters per token: no tokenizer"
+        speeds = f"{self.decode_flops_per_s / 1e9:.0f} (sampling) and {self.update_flops_per_s / 1e9:.0f} (update)"
+        return [
+            ("model", f"{shape.name}, {shape.all_weights / 1e6:,.0f} M weights, {str(shape.dtype)[6:]}; "
+             f"F = {shape.flops_per_token / 1e9:.3g} GFLOP per token, h = {shape.head_share:.2f}"),
+            ("trained", f"{self.n_trained:,} parameters, {self.experiment.steps} steps of {source.prompts} prompts × "
+             f"{source.samples} samples × at most {source.sampling.max_new_tokens} tokens"),
+            ("rollouts", told(self.rollouts)),
+            ("updates", f"at most {self.updates.passes:,} forward passes and half as many backward, "
+             f"{self.updates.flops:.3g} FLOP"),
+            ("evaluation", told(self.evaluation)),
+            ("prompt tokens", how),
+            ("hours", f"about {self.hours:.3g} ({duration(3600 * self.hours)}) if completions run to their limit; at "
+             f"{EFFICIENCY:.0%} of the {speeds} GFLOP/s that a matrix product reaches here now (0.15 to 0.3 were seen)"),
+            ("memory", f"about {size(self.peak_bytes)} at the peak: weights {size(self.weight_bytes)}, sampling "
+             f"{size(self.decode_bytes)} or update {size(self.update_bytes)}, vectors with gradients and optimiser "
+             f"{size(16 * self.n_trained)}, Python and torch {size(RUNTIME_BYTES)}"),
+            ("disk", f"about {size(16 * self.n_trained + PAGE_BYTES)}: checkpoint {size(12 * self.n_trained)} (rewritten "
+             f"every step), vectors {size(4 * self.n_trained)}, report and figures {size(PAGE_BYTES)}"),
+        ]  # fmt: skip
+
+
+def told(work: Work) -> str:
+    """Work in one line."""
+    return (
+        f"{work.passes:,} forward passes, {work.completions:,} completions, {work.prompt_tokens:,.0f} prompt tokens + at "
+        f"most {work.completion_tokens:,.0f} completion tokens, {work.flops:.3g} FLOP"
+    )
+
+
+def size(n_bytes: float) -> str:
+    """Bytes in the decimal unit that suits them."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if n_bytes >= scale:
+            return f"{n_bytes / scale:.3g} {unit}"
+    return f"{n_bytes:.0f} B"
 
 
 def plan(experiment: Experiment) -> Plan:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import pandas as pd
 import torch
 
 from steerlab.adapters import SteeringVectors, formats
 from steerlab.adapters.formats import own
 from steerlab.errors import UsageError
+from steerlab.execute import Reporter, answer
 from steerlab.models import LanguageModel, load
+from steerlab.rollouts import Evaluation
 from steerlab.runs import Run
+from steerlab.tasks import Task
 from steerlab.training import Experiment
 
 
@@ -59,3 +65,44 @@ def subject(target: str, model: str = "", dtype: str = "auto", allow_other_weigh
 def _load(name: str, dtype: str) -> LanguageModel:
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
     return load(name, dtype=names[dtype]) if dtype in names else load(name, dtype=dtype)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Tables of an evaluation, and the files they were written to."""
+
+    scores: pd.DataFrame
+    completions: pd.DataFrame
+    written: tuple[Path, ...]
+
+
+def answer_about(
+    about: Subject, task: Task | None, evaluation: Evaluation, seeds: Sequence[int], out: str, reporter: Reporter
+) -> Answered:
+    """Evaluate a subject on `task` (None: the task of its run), beside its baselines.
+
+    Tables go to `out`, a new folder, as `scores` and `completions`; without `out` to the run's folder, named after the
+    task so that the run's own tables stay; with neither they are not written.
+    """
+    own_task = about.experiment.source.task if about.experiment else None
+    asked = task or own_task
+    if asked is None:
+        raise UsageError("no task to evaluate on; add --task NAME")
+    conditions = evaluation.baselines(asked)
+    if about.vectors is not None:
+        conditions["steered"] = evaluation.steered(asked, about.vectors)
+    described = {"model": about.model.name, "task": asked, "evaluation": evaluation, "seeds": tuple(seeds)}
+    run, label = about.run, "@" + re.sub(r"[^A-Za-z0-9_.+-]", "-", Path(asked.name).name)
+    if out:
+        facts = {"model": about.model.name, "weights_sha256": about.model.weights_sha256, "task": asked.name}
+        run, label = Run.create(out, described, kind="evaluation", status="created", **facts), ""
+    elif evaluation.split != "test":
+        label += f"-{evaluation.split}"
+    reporter.stage(f"evaluating {', '.join(conditions)} on {len(evaluation.problems(asked))} problems")
+    completions, scores = answer(about.model, asked, evaluation, conditions, reporter, seeds)
+    written: list[Path] = []
+    if run is not None:
+        written = [run.save_table(f"completions{label}", completions), run.save_table(f"scores{label}", scores)]
+        if out:
+            run.update(status="done")
+    return Answered(scores, completions, tuple(written))

@@ -61,7 +61,7 @@ def run(tmp_path) -> Run:
     vectors = {Site("resid_post", layer): unembedding[layer] for layer in range(5)}
     vectors[Site("resid_post", 5)] = torch.zeros(8)
     run = Run.create(tmp_path / "run", recipe="rloo", model="tiny", task=HOSTILE[0], seed=3, weights_sha256="ab" * 32)
-    run.update(cost=CostLedger(rollout_s=2, update_s=1, tokens_completion=1234).to_dict())
+    run.update(cost=CostLedger(rollout_s=2.0, update_s=1.0, tokens_completion=1234).to_dict())
     for step in range(6):
         run.log({"step": step, "reward": step / 6, "signal_share": 1 - step / 6, "wall_s": 1.0})
     run.save_table("completions", completions())
@@ -77,7 +77,7 @@ def test_page_has_every_section_and_no_way_out(run):
     for heading in ("Scores", "Learning curve", "Completions before", "Logit lens", "Geometry", "Cost", "What was run"):
         assert re.search(f"<h2>{heading}", page), heading
     assert page.count("plotly.js v") == 1 and len(page) < 6_000_000
-    own = re.sub(r"<script>.*?</script>", "", page, flags=re.S)
+    own = re.sub(r"<script[^>]*>.*?</script>", "", page, flags=re.S)
     assert not re.search(r"""(src|href)=["'](?!#)""", own) and "default-src &#39;none&#39;" in own
     assert own.count('<article class="pair">') == 12
     assert report.from_run(run) == page
@@ -86,10 +86,10 @@ def test_page_has_every_section_and_no_way_out(run):
 def test_no_model_written_string_is_markup(run):
     page = report.from_run(run)
     assert "window.hacked = 1</script>" not in page and "<img" not in re.sub(
-        r"<script>.*?</script>", "", page, flags=re.S
+        r"<script[^>]*>.*?</script>", "", page, flags=re.S
     )
     assert html.escape(HOSTILE[0]) in page and "{{ 7 * 7 }}" in page
-    assert not set("\x00\u202e\u202c\u200f\u2028") & set(re.sub(r"<script>.*?</script>", "", page, flags=re.S))
+    assert not set("\x00\u202e\u202c\u200f\u2028") & set(re.sub(r"<script[^>]*>.*?</script>", "", page, flags=re.S))
     assert "⟨U+202E⟩" in page
 
 

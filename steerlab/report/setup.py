@@ -137,11 +137,11 @@ def _short(digest: str | None) -> str | None:
     return f"{digest[:12]}…" if digest and len(digest) > 12 else digest
 
 
-def _count(number: float | None) -> str | None:
+def _count(number: int | float | None) -> str | None:
     return f"{int(number):,}" if number else None
 
 
-def _amount(number: float, unit: str) -> str:
+def _amount(number: int | float, unit: str) -> str:
     if unit == "s":
         return f"{number:.1f} s" if number < 120 else f"{int(number // 60)} min {number % 60:.0f} s"
     if unit == "B":

@@ -27,14 +27,15 @@ Done = Callable[[str, int], None]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How a run is evaluated. samples: completions per problem at `sampling`. shots: solved examples for the few-shot
-    baseline (0 leaves it out). greedy: also the base model's most likely answers. limit: first so many problems, None
-    for all. max_rows: completions decoded at once."""
+    """How a run is evaluated. samples: completions per problem at `sampling`. base, greedy: also the base model, sampled
+    and its most likely answers. shots: solved examples for the few-shot baseline (0 leaves it out). limit: first so
+    many problems, None for all. max_rows: completions decoded at once."""
 
     split: Literal["train", "test"] = "test"
     samples: int = 8
     sampling: Sampling = Sampling()
     seed: int = 1_000
+    base: bool = True
     greedy: bool = True
     shots: int = 4
     limit: int | None = None
@@ -50,7 +51,9 @@ class Evaluation:
     def baselines(self, task: Task) -> dict[str, Condition]:
         """The base model sampled, greedy and with examples, as conditions."""
         once = replace(self.sampling, temperature=0.0)
-        found = {"base": Condition(None, task, self.sampling, self.samples)}
+        found = {}
+        if self.base:
+            found["base"] = Condition(None, task, self.sampling, self.samples)
         if self.greedy:
             found["greedy"] = Condition(None, task, once, 1)
         if self.shots:

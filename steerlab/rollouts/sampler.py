@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from steerlab.adapters import Attached, Layout
-from steerlab.errors import UsageError
+from steerlab.errors import RunFailed, UsageError
 from steerlab.models import LanguageModel
 from steerlab.models.kv_cache import ReservedCache
 from steerlab.rollouts.sampling import Sampling, draw
@@ -117,8 +117,13 @@ def sample(
 ) -> Completions:
     """Completions of `rows`, at most `max_rows` at a time. `attached` is the adapter in use, None for the base model.
 
-    Raises UsageError when prompt and completion do not fit the model's context.
+    Raises UsageError when a prompt is empty or does not fit the model's context with its completion, RunFailed when
+    the model's probabilities are not finite.
     """
+    if not all(map(len, prompts)):
+        raise UsageError("a prompt is empty (no tokens); give every problem a question")
+    if max_rows < 1:
+        raise UsageError(f"max_rows is {max_rows}; it must be at least 1")
     longest = max(len(p) for p in prompts)
     if longest + sampling.max_new_tokens > model.context:
         raise UsageError(
@@ -127,7 +132,13 @@ def sample(
         )
     stops = stop_tokens(model, sampling).to(model.device)
     parts = [_Decoding(model, attached, prompts, part, sampling, stops, seed, step).run() for part in rows.chunks(max_rows)]
-    return Completions.join(parts)
+    joined = Completions.join(parts)
+    if not bool(torch.isfinite(joined.logprobs).all()):
+        raise RunFailed(
+            f"{model.name} gave probabilities that are not finite (sampling for step {step}); the vectors or the dtype "
+            "are out of range: lower the learning rate or use dtype fp32 in a new run"
+        )
+    return joined
 
 
 class _Decoding:

@@ -32,7 +32,8 @@ def uniforms(
     with np.errstate(over="ignore"):
         key = _mix(_as_words(seed) + _GOLDEN)
         for word in (_as_words(step), _as_words(problems), _as_words(samples)):
-            key = _mix((key ^ _mix(word + _GOLDEN)) + _GOLDEN)
+            # The key is mixed once more than the word, so that (a, b) and (b, a) differ and (a, a) does not cancel.
+            key = _mix(_mix(key + _GOLDEN) ^ _mix(word + _GOLDEN))
         counter = (np.arange(1, n_positions + 1, dtype=np.uint64) * _GOLDEN)[None, :]
         bits = _mix(key[:, None] + counter)
     return (bits >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -38,6 +38,7 @@ class Common:
     style: Literal["", "chat", "plain", "qwen_math", "r1"] = ""
     system: str = ""
     instruction: str = ""
+    solution: str = ""
     wrong: float = -1.0
     right: float = 1.0
     shots: int = 0
@@ -79,7 +80,8 @@ def chain_sum(
     """Sums and differences. One digit and two terms make exactly 200 distinct ones: 100 to train, 100 held out."""
     chosen = {"min_terms": min_terms, "max_terms": max_terms, "min_digits": min_digits, "max_digits": max_digits}
     negation = {"allow_negation": True} if allow_negation else {}
-    return gym("chain_sum", {**chosen, **negation}, train, test, seed, split_seed)
+    made = gym("chain_sum", {**chosen, **negation}, train, test, seed, split_seed)
+    return replace(made, layout=replace(made.layout, solution="{expression} = {answer}"))
 
 
 def records(
@@ -197,6 +199,7 @@ def _finished(task: ProblemSet, common: Common) -> Task:
         style=style,
         system=common.system or task.layout.system,
         instruction=common.instruction or task.layout.instruction,
+        solution=common.solution or task.layout.solution,
     )
     verifier = _verifier(common.verifier) if common.verifier else task.verifier
     if style == "r1" and isinstance(verifier, Boxed):

@@ -79,11 +79,16 @@ class Rewards:
 
 @dataclass(frozen=True)
 class Layout:
-    """How a problem is asked: prompt style, system text, a suffix to the question, solved train examples before it."""
+    """How a problem is asked: prompt style, system text, a suffix to the question, solved train examples before it.
+
+    solution: what a solved example answers; `{answer}` and the fields of `Problem.entry` are filled in. The wording
+    matters: on one-digit sums the embedded model scores 0.15 with bare answers, 0.64 when they repeat the sum.
+    """
 
     style: Style = "chat"
     system: str = ""
     instruction: str = ""
+    solution: str = "{answer}"
     shots: int = 0
     shots_seed: int = 0
 
@@ -156,8 +161,7 @@ class ProblemSet:
         layout = self.layout
         turns = [Message("system", layout.system)] if layout.system else []
         for example in self.examples(problem):
-            solved = self.verifier.solved(example) or ""
-            turns += [Message("user", self._asked(example)), Message("assistant", solved)]
+            turns += [Message("user", self._asked(example)), Message("assistant", self._solved(example))]
         turns.append(Message("user", self._asked(problem)))
         return Prompt(tuple(turns), layout.style)
 
@@ -210,6 +214,13 @@ class ProblemSet:
     def _everything(self) -> Iterator[Problem]:
         for split in SPLITS:
             yield from self.source.load()[split]
+
+    def _solved(self, example: Problem) -> str:
+        fields = {**example.entry, "answer": self.verifier.solved(example) or ""}
+        try:
+            return self.layout.solution.format_map(fields)
+        except (KeyError, ValueError, IndexError) as error:
+            raise UsageError(f"solution {self.layout.solution!r} does not fit ({error}); it may use {', '.join(fields)}") from error
 
     def _asked(self, problem: Problem) -> str:
         return problem.question + self.layout.instruction

@@ -253,7 +253,7 @@ def test_the_packaged_models_speak(alias: str, monkeypatch: pytest.MonkeyPatch) 
     ids = model.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     logits = model.logits(ids)
     assert logits.isfinite().all()
-    assert model.tokenizer.decode(logits[0, -1].argmax()).strip() == "Paris"
+    assert "Paris" in [model.tokenizer.decode(token).strip() for token in logits[0, -1].topk(5).indices]
     assert load(alias).weights_sha256 == model.weights_sha256
     manifest = json.loads(
         next((origins.conversion.cache_root() / "models").glob(f"{alias}-*/manifest.json")).read_text()

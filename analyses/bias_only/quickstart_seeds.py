@@ -1,0 +1,63 @@
+"""Claim (2505.18706, scaled down): RL on one vector per layer elicits most of what a frozen model can do on a task.
+
+The quickstart's experiment with several training seeds, beside its controls: the base model sampled, greedy and with
+examples; vectors trained on random rewards; vectors trained on rewards for the form of the answer alone.
+Refuted if the steered mean over seeds is not at least 0.15 above the best of all of these.
+
+    uv run python analyses/bias_only/quickstart_seeds.py --out runs/quickstart_seeds
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+import tyro
+
+from steerlab import compare
+from steerlab.models import load
+from steerlab.progress import Progress
+from steerlab.recipes import rloo
+from steerlab.tasks import make
+
+CONTROLS = {"random_reward": "random_reward", "format_bare": "format_only_reward", "format_found": "format_found_reward"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """scale: `tiny` is for tests. seeds: training seeds of the real reward; controls use the first of them."""
+
+    out: Path
+    scale: Literal["tiny", "small"] = "small"
+    seeds: int = 5
+    model: str = "smollm2-135m"
+
+
+def main(options: Options) -> pd.DataFrame:
+    """Runs all cells (finished ones are kept) and prints the table."""
+    size = {"steps": 2, "prompts": 2, "samples": 2} if options.scale == "tiny" else {}
+    limit = 4 if options.scale == "tiny" else None
+    model = load(options.model)
+    experiments = {}
+    for seed in range(options.seeds):
+        experiments[f"rloo-{seed}"] = rloo(make("chain_sum"), options.model, seed=seed, **size)
+    for name, control in CONTROLS.items():
+        experiments[f"{name}-0"] = rloo(make("chain_sum", control=control), options.model, seed=0, **size)
+    for name, experiment in experiments.items():
+        evaluation = replace(experiment.evaluation, limit=limit)
+        if name != "rloo-0":  # the base model's answers are the same in every cell
+            evaluation = replace(evaluation, base=False, greedy=False, shots=0)
+        experiments[name] = replace(experiment, evaluation=evaluation)
+    runs = compare.execute_all(experiments, options.out, model=model, reporter=Progress())
+    cells = {cell: [runs[n] for n in runs if n.startswith(f"{cell}-")] for cell in ("rloo", *CONTROLS)}
+    per_seed = pd.concat([compare.scores({n: [runs[n]]}) for n in runs if n.startswith("rloo-")])
+    table = pd.concat([runs["rloo-0"].table("scores").query("condition != 'steered'"), compare.scores(cells), per_seed])
+    shown = table[table["metric"].str.startswith("avg@")][["condition", "cell", "metric", "value", "low", "high", "n_seeds"]]
+    print(shown.to_string(index=False, float_format="%.3f"))
+    return table
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
