@@ -1,1 +1,86 @@
-"""steerlab: train steering vectors on frozen language models with reinforcement learning, and read what they do."""
+"""steerlab: train steering vectors on frozen language models with reinforcement learning, and read what they do.
+
+The public names, imported when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from steerlab.adapters import Steering, SteeringVectors
+    from steerlab.adapters.formats import load as load_vectors
+    from steerlab.errors import RunFailed, UsageError
+    from steerlab.execute import execute as train
+    from steerlab.execute import resume
+    from steerlab.interp.logit_lens import logit_lens
+    from steerlab.models import LanguageModel, Site
+    from steerlab.models import load as load_model
+    from steerlab.recipes import RECIPES, rloo
+    from steerlab.rollouts import Evaluation, Policy, Sampling, evaluate
+    from steerlab.runs import Run, RunStore
+    from steerlab.tasks import make as make_task
+    from steerlab.training import Experiment
+
+_HOMES = {
+    "Evaluation": "steerlab.rollouts:Evaluation",
+    "Experiment": "steerlab.training:Experiment",
+    "LanguageModel": "steerlab.models:LanguageModel",
+    "Policy": "steerlab.rollouts:Policy",
+    "RECIPES": "steerlab.recipes:RECIPES",
+    "Run": "steerlab.runs:Run",
+    "RunFailed": "steerlab.errors:RunFailed",
+    "RunStore": "steerlab.runs:RunStore",
+    "Sampling": "steerlab.rollouts:Sampling",
+    "Site": "steerlab.models:Site",
+    "Steering": "steerlab.adapters:Steering",
+    "SteeringVectors": "steerlab.adapters:SteeringVectors",
+    "UsageError": "steerlab.errors:UsageError",
+    "evaluate": "steerlab.rollouts:evaluate",
+    "load_model": "steerlab.models:load",
+    "load_vectors": "steerlab.adapters.formats:load",
+    "logit_lens": "steerlab.interp.logit_lens:logit_lens",
+    "make_task": "steerlab.tasks:make",
+    "resume": "steerlab.execute:resume",
+    "rloo": "steerlab.recipes:rloo",
+    "train": "steerlab.execute:execute",
+}
+
+__all__ = [
+    "RECIPES",
+    "Evaluation",
+    "Experiment",
+    "LanguageModel",
+    "Policy",
+    "Run",
+    "RunFailed",
+    "RunStore",
+    "Sampling",
+    "Site",
+    "Steering",
+    "SteeringVectors",
+    "UsageError",
+    "evaluate",
+    "load_model",
+    "load_vectors",
+    "logit_lens",
+    "make_task",
+    "resume",
+    "rloo",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, from its home."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'steerlab' has no attribute {name!r}")
+    module, _, attribute = _HOMES[name].partition(":")
+    found = getattr(importlib.import_module(module), attribute)
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

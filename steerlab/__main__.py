@@ -58,8 +58,13 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def complain(said: object, code: int) -> int:
     """One line on stderr."""
-    print(f"steerlab: {' '.join(str(said).split())}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"steerlab: {' '.join(str(said).split())}\n")
     return code
+
+
+def tell(text: str) -> None:
+    """One line (or page) on stdout, as it is."""
+    print(text)  # noqa: T201 - the only place that prints
 
 
 def dispatch(words: list[str]) -> int:
@@ -69,7 +74,7 @@ def dispatch(words: list[str]) -> int:
     if words[0] == "--version":
         from importlib.metadata import version
 
-        print(version("steerlab"))
+        tell(version("steerlab"))
         return 0
     name, rest = words[0], words[1:]
     if name not in COMMANDS:
@@ -81,10 +86,10 @@ def dispatch(words: list[str]) -> int:
 
 def overview() -> int:
     """The page of `steerlab --help`."""
-    print("usage: steerlab COMMAND [OPTIONS]\n")
-    print("Train steering vectors on frozen language models with reinforcement learning, and read what they do.\n")
+    tell("usage: steerlab COMMAND [OPTIONS]\n")
+    tell("Train steering vectors on frozen language models with reinforcement learning, and read what they do.\n")
     show_names([(name, summary(command)) for name, command in COMMANDS.items()])
-    print("\nsteerlab COMMAND --help shows the options. Start with: steerlab quickstart")
+    tell("\nsteerlab COMMAND --help shows the options. Start with: steerlab quickstart")
     return 0
 
 
@@ -93,9 +98,9 @@ def train(words: list[str]) -> int:
     from steerlab.recipes import RECIPES
 
     if not words or words[0] in ("-h", "--help"):
-        print(f"usage: steerlab train RECIPE --task NAME [OPTIONS]\n\n{summary(train)}\n\nrecipes:")
+        tell(f"usage: steerlab train RECIPE --task NAME [OPTIONS]\n\n{summary(train)}\n\nrecipes:")
         show_names([(name, summary(recipe)) for name, recipe in RECIPES.items()])
-        print("\nsteerlab train RECIPE --help shows its options; --plan says first what a run would cost.")
+        tell("\nsteerlab train RECIPE --help shows its options; --plan says first what a run would cost.")
         return 0
     name, rest = words[0], words[1:]
     if name not in RECIPES:
@@ -136,7 +141,7 @@ def quickstart(
         experiment = rloo(task, model, seed=seed, steps=3, prompts=4, samples=4, max_new_tokens=8)
         experiment = replace(experiment, evaluation=replace(experiment.evaluation, limit=8, samples=2))
     code = carry_out(out, lambda progress: run_experiment(experiment, out, progress))
-    print(f'\nnext:  steerlab generate {out} --prompt "What is 3 + 4?" --base\n       steerlab lens {out}')
+    tell(f'\nnext:  steerlab generate {out} --prompt "What is 3 + 4?" --base\n       steerlab lens {out}')
     return code
 
 
@@ -166,7 +171,7 @@ def carry_out(folder: str, work: Callable[[Any], Run]) -> int:
     with stoppable(folder), Progress(console()) as progress:
         run = work(progress)
     show.scores(console(), run.table("scores"), run.table("completions"))
-    print(f"report: {run.path('report.html')}")
+    tell(f"report: {run.path('report.html')}")
     return 0
 
 
@@ -225,7 +230,7 @@ def evaluate(
         found = answer_about(about, chosen, evaluation, seeds, out, progress)
     show.scores(console(), found.scores, found.completions)
     for path in found.written:
-        print(f"wrote {path}")
+        tell(f"wrote {path}")
     return 0
 
 
@@ -261,7 +266,7 @@ def generate(
     asked |= {f"steered × {scale:g}": about.vectors * scale}
     for name, vectors in asked.items():
         for text in execute.generate(about.model, vectors, tokens, sampling, samples=samples, seed=seed):
-            print(f"[{name}] {show.clean(text.strip())}")
+            tell(f"[{name}] {show.clean(text.strip())}")
     return 0
 
 
@@ -289,7 +294,7 @@ def lens(
     if out:
         with atomic_path(out) as path:
             (table.to_csv if path.suffix == ".csv" else table.to_parquet)(path, index=False)
-        print(f"wrote {out}")
+        tell(f"wrote {out}")
     return 0
 
 
@@ -298,7 +303,7 @@ def report(run: RunFolder) -> int:
     from steerlab.execute import write_report
     from steerlab.runs import Run
 
-    print(write_report(Run.open(run)))
+    tell(str(write_report(Run.open(run))))
     return 0
 
 
@@ -340,16 +345,16 @@ def tasks(
     if check:
         failing = make(check, **task_options(task_option)).validate()
         if not failing:
-            print(f"{check}: every gold answer scores full marks")
+            tell(f"{check}: every gold answer scores full marks")
             return 0
-        print(f"{check}: {len(failing)} gold answers do not score")
+        tell(f"{check}: {len(failing)} gold answers do not score")
         show_names([(f"problem {p.id}", f"{p.answer!r}, read as {j.extracted!r} {j.note}") for p, j in failing])
         return 1
     benchmark = "benchmark; its data are given as path= or found in $STEERLAB_DATA"
     show_names([(name, summary(task) or (benchmark if name in BENCHMARKS else "")) for name, task in TASKS.items()])
     show_names([("FILE.jsonl, FILE.csv", "your own questions and answers"), ("NAME", "any reasoning-gym data set")])
     if gym:
-        print("\n".join(names()))
+        tell("\n".join(names()))
     return 0
 
 
@@ -366,9 +371,9 @@ def show_names(rows: Sequence[tuple[str, str]]) -> None:
     room = max(40, (console().width if sys.stdout.isatty() else 120) - width - 4)
     for name, meaning in rows:
         told = textwrap.wrap(meaning, room) or [""]
-        print(f"  {name:<{width}}  {told[0]}".rstrip())
+        tell(f"  {name:<{width}}  {told[0]}".rstrip())
         for more in told[1:]:
-            print(" " * (width + 4) + more)
+            tell(" " * (width + 4) + more)
 
 
 def summary(thing: object) -> str:

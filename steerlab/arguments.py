@@ -25,7 +25,7 @@ MEANINGS: Mapping[str, str] = {
     "task": "A name of `steerlab tasks`, a reasoning-gym data set, or a path to a .jsonl or .csv file.",
     "task_option": "KEY=VALUE for the task, may be repeated, e.g. max_digits=2, train=500, control=random_reward.",
     "model": "An alias of `steerlab models`, a hub id (owner/model), a folder, or a .gguf file.",
-    "model_of": "As for train; default: the model that the vectors were trained on.",
+    "model_of": "A model, as for `steerlab train`; default: the one that the vectors were trained on.",
     "layers": "Blocks that get a vector, counted from 0; None for all of them.",
     "site": "Where the vector is added, e.g. resid_post, attn_out, mlp_out.",
     "advantage": "How the rewards of a group become credit.",
@@ -96,7 +96,7 @@ def one_line(drawn: str) -> str:
 
 
 def task_options(pairs: Sequence[str]) -> dict[str, Any]:
-    """`("max_digits=2", "style=plain")` → {"max_digits": 2, "style": "plain"}. Values are read as JSON where they are."""
+    """`("max_digits=2", "style=plain")` → {"max_digits": 2, "style": "plain"}; values are JSON where they can be."""
     found: dict[str, Any] = {}
     for pair in pairs:
         name, equals, text = pair.partition("=")

@@ -6,9 +6,9 @@ token costs
     rollout  1 + h                 a prompt once per group, without the head
     update   1 + b + 2h            b = share of the blocks above the lowest trained one; a prompt 1 + b, once per group
 
-plus attention, 4 · heads · d_head · (positions seen) per token and block forward, twice that backward. Tokens are counted
-as if every completion ran to its limit and every group had a signal. Hours divide by the speed of one matrix product
-of the model's MLP shape, measured here and now, times the share of it that a whole step was seen to reach.
+plus attention, 4 · heads · d_head · (positions seen) per token and block forward, twice that backward. Tokens are
+counted as if every completion ran to its limit and every group had a signal. Hours divide by the speed of one matrix
+product of the model's MLP shape, measured here and now, times the share of it that a whole step was seen to reach.
 Sizes come from the configuration alone, so a model that is not on this machine's disk can be planned from a folder
 with its config.json (and tokenizer files). Left out: reading weights, judging, drawing problems, several devices.
 """
@@ -245,20 +245,20 @@ class Plan:
             ("evaluation", told(self.evaluation)),
             ("prompt tokens", how),
             ("hours", f"about {self.hours:.3g} ({duration(3600 * self.hours)}) if completions run to their limit; at "
-             f"{EFFICIENCY:.0%} of the {speeds} GFLOP/s that a matrix product reaches here now (0.15 to 0.3 were seen)"),
+             f"{EFFICIENCY:.0%} of {speeds} GFLOP/s of a bare matrix product here and now (0.15 to 0.3 were seen)"),
             ("memory", f"about {size(self.peak_bytes)} at the peak: weights {size(self.weight_bytes)}, sampling "
              f"{size(self.decode_bytes)} or update {size(self.update_bytes)}, vectors with gradients and optimiser "
              f"{size(16 * self.n_trained)}, Python and torch {size(RUNTIME_BYTES)}"),
-            ("disk", f"about {size(16 * self.n_trained + PAGE_BYTES)}: checkpoint {size(12 * self.n_trained)} (rewritten "
-             f"every step), vectors {size(4 * self.n_trained)}, report and figures {size(PAGE_BYTES)}"),
+            ("disk", f"about {size(16 * self.n_trained + PAGE_BYTES)}: checkpoint {size(12 * self.n_trained)} "
+             f"(rewritten every step), vectors {size(4 * self.n_trained)}, report and figures {size(PAGE_BYTES)}"),
         ]  # fmt: skip
 
 
 def told(work: Work) -> str:
     """Work in one line."""
     return (
-        f"{work.passes:,} forward passes, {work.completions:,} completions, {work.prompt_tokens:,.0f} prompt tokens + at "
-        f"most {work.completion_tokens:,.0f} completion tokens, {work.flops:.3g} FLOP"
+        f"{work.passes:,} forward passes, {work.completions:,} completions, {work.prompt_tokens:,.0f} prompt tokens + "
+        f"at most {work.completion_tokens:,.0f} completion tokens, {work.flops:.3g} FLOP"
     )
 
 
@@ -333,7 +333,8 @@ def decode_bytes(shape: Shape, rows: int, positions: int) -> float:
 
 
 def update_bytes(shape: Shape, tokens: int) -> float:
-    """What a backward pass must keep of a micro-batch: per block and token about 8 vectors of the residual stream, keys,
-    values, and 4 vectors of the MLP's width; and the logits of one chunk of the head."""
+    """What a backward pass must keep of a micro-batch: per block and token about 8 vectors of the residual stream,
+    keys, values, and 4 vectors of the MLP's width; and the logits of one chunk of the head.
+    """
     per_token = 8 * shape.d_model + 2 * shape.d_kv + 4 * shape.d_mlp
     return tokens * shape.n_layers * per_token * shape.dtype.itemsize + min(256, tokens) * shape.d_vocab * 12

@@ -73,7 +73,7 @@ class Progress:
 
 
 def step_line(done: StepDone, pace_s: float) -> str:
-    """One step in one line; `pace_s` is seconds per step of late. Numbers that a source does not report are left out."""
+    """One step in one line; `pace_s` is seconds per step of late. Numbers a source does not report are left out."""
     m = done.metrics
     shown = [f"step {done.step + 1:>{len(str(done.steps))}}/{done.steps}"]
     shown += [f"reward {m['reward']:+.3f}"] if "reward" in m else []

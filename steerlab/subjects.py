@@ -37,9 +37,8 @@ class Subject:
 
 
 def subject(target: str, model: str = "", dtype: str = "auto", allow_other_weights: bool = False) -> Subject:
-    """`target`: a run folder, a file of vectors, or "" for the model alone. `model`: a name of `models.load`; by default
-    the one the vectors were trained on. Raises UsageError for whatever cannot be had, before loading the model where
-    possible.
+    """`target`: a run folder, a file of vectors, or "" for the model alone. `model`: a name of `models.load`; by
+    default the one the vectors were trained on. Raises UsageError for whatever cannot be had.
     """
     if not target:
         if not model:
