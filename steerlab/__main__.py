@@ -122,14 +122,12 @@ def train(words: list[str]) -> int:
 def quickstart(
     out: Annotated[str, say("out")] = "runs/quickstart",
     seed: Annotated[int, say("seed")] = 0,
-    scale: Literal["tiny", "small"] = "small",
+    scale: Annotated[
+        Literal["tiny", "small"], tyro.conf.arg(help="tiny takes seconds and only shows that everything works.")
+    ] = "small",
     model: Annotated[str, say("model")] = "smollm2-135m",
 ) -> int:
-    """Train steering vectors on one-digit sums, measure the gain, write a report: minutes on two cores.
-
-    Args:
-        scale: small is the real thing; tiny takes seconds and shows only that everything works.
-    """
+    """Train steering vectors on one-digit sums, measure the gain, write a report: minutes on two cores."""
     from dataclasses import replace
 
     from steerlab.recipes import rloo
@@ -225,7 +223,15 @@ def evaluate(
     about = subject(target, model, dtype, allow_other_weights)
     before = about.experiment
     limit_tokens = max_new_tokens or (before.evaluation.sampling.max_new_tokens if before else 32)
-    evaluation = Evaluation(split, samples, Sampling(temperature, top_p, limit_tokens), seeds[0], greedy, shots, limit)
+    evaluation = Evaluation(
+        split=split,
+        samples=samples,
+        sampling=Sampling(temperature, top_p, limit_tokens),
+        seed=seeds[0],
+        greedy=greedy,
+        shots=shots,
+        limit=limit,
+    )
     with Progress(console()) as progress:
         found = answer_about(about, chosen, evaluation, seeds, out, progress)
     show.scores(console(), found.scores, found.completions)
@@ -282,6 +288,7 @@ def lens(
     """Show which tokens each vector points to and away from in the unembedding (logit lens)."""
     from steerlab import show
     from steerlab.interp.logit_lens import logit_lens
+    from steerlab.runs import atomic_path
     from steerlab.subjects import subject
 
     if out and Path(out).suffix not in (".csv", ".parquet"):

@@ -59,22 +59,28 @@ def parse(call: Callable[..., Any], words: Sequence[str], prog: str) -> Any:
         if name.startswith("--") and name.replace("_", "-") not in options:
             raise unknown(f"option of {prog}", name, options)
     said = io.StringIO()
-    parsed: dict[str, Any] = {}
-
-    def keep(**values: Any) -> None:
-        parsed.update(values)
-
-    keep.__signature__ = inspect.signature(call)  # type: ignore[attr-defined]
-    keep.__annotations__ = typing.get_type_hints(call, include_extras=True)
-    keep.__doc__ = call.__doc__
     try:
         with contextlib.redirect_stderr(said):
-            tyro.cli(keep, prog=prog, args=list(words), config=CONFIG)
+            read = tyro.cli(form_of(call), prog=prog, args=list(words), config=CONFIG)
     except SystemExit as left:
         if left.code:
             raise UsageError(f"{one_line(said.getvalue())}; see {prog} --help") from None
         raise
-    return call(**parsed)
+    return read if isinstance(call, type) else call(**vars(read))
+
+
+def form_of(call: Callable[..., Any]) -> type:
+    """A dataclass with the parameters of a function, so that nothing runs inside tyro; a dataclass as it is."""
+    if isinstance(call, type):
+        return call
+    hints = typing.get_type_hints(call, include_extras=True)
+    fields: list[Any] = [
+        (p.name, hints[p.name], *(() if p.default is inspect.Parameter.empty else (p.default,)))
+        for p in inspect.signature(call).parameters.values()
+    ]
+    made = dataclasses.make_dataclass(f"{call.__name__}_options", fields, frozen=True)
+    made.__doc__ = inspect.getdoc(call)
+    return made
 
 
 def option_names(call: Callable[..., Any]) -> list[str]:

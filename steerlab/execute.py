@@ -11,7 +11,7 @@ import resource
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import pandas as pd
 import torch
@@ -38,6 +38,7 @@ from steerlab.training import Experiment, Rollouts, StepDone, Trainer
 TIMINGS = ("tokens_per_s", "wall_s", "time")
 
 
+@runtime_checkable
 class Reporter(Protocol):
     """Hears what a run is doing; decides nothing."""
 

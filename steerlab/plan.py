@@ -123,7 +123,7 @@ class Work:
     passes: int = 0
     prompt_tokens: float = 0.0
     completions: int = 0
-    completion_tokens: float = 0.0
+    completion_tokens: int = 0
     flops: float = 0.0
 
     def __add__(self, other: Work) -> Work:
@@ -258,11 +258,11 @@ def told(work: Work) -> str:
     """Work in one line."""
     return (
         f"{work.passes:,} forward passes, {work.completions:,} completions, {work.prompt_tokens:,.0f} prompt tokens + "
-        f"at most {work.completion_tokens:,.0f} completion tokens, {work.flops:.3g} FLOP"
+        f"at most {work.completion_tokens:,} completion tokens, {work.flops:.3g} FLOP"
     )
 
 
-def size(n_bytes: float) -> str:
+def size(n_bytes: float | int) -> str:
     """Bytes in the decimal unit that suits them."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if n_bytes >= scale:
@@ -329,7 +329,7 @@ def _answers(shape: Shape, prompts: int, prompt: float, samples: int, sampling: 
 def decode_bytes(shape: Shape, rows: int, positions: int) -> float:
     """Keys and values of one decode batch and its logits (in fp32, with the copies that sampling makes)."""
     cache = rows * positions * 2 * shape.d_kv * (shape.n_layers + 1) * shape.dtype.itemsize
-    return cache + rows * shape.d_vocab * (shape.dtype.itemsize + 3 * 4)
+    return float(cache + rows * shape.d_vocab * (shape.dtype.itemsize + 3 * 4))
 
 
 def update_bytes(shape: Shape, tokens: int) -> float:
@@ -337,4 +337,4 @@ def update_bytes(shape: Shape, tokens: int) -> float:
     keys, values, and 4 vectors of the MLP's width; and the logits of one chunk of the head.
     """
     per_token = 8 * shape.d_model + 2 * shape.d_kv + 4 * shape.d_mlp
-    return tokens * shape.n_layers * per_token * shape.dtype.itemsize + min(256, tokens) * shape.d_vocab * 12
+    return float(tokens * shape.n_layers * per_token * shape.dtype.itemsize + min(256, tokens) * shape.d_vocab * 12)

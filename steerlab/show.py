@@ -47,9 +47,10 @@ def lens(console: Console, table: pd.DataFrame, vectors: SteeringVectors) -> Non
     shown.add_column("length", justify="right")
     shown.add_column("points to")
     shown.add_column("points away from")
+    ordered = table.sort_values("rank", kind="stable")
     for site, vector in vectors.vectors.items():
-        part = table[(table["site"] == site.kind) & (table["layer"] == site.layer)].sort_values("rank")
-        ends = [part.loc[part["end"] == end, "token"] for end in ("top", "bottom")]
+        here = (ordered["site"] == site.kind) & (ordered["layer"] == site.layer)
+        ends = [ordered.loc[here & (ordered["end"] == end), "token"] for end in ("top", "bottom")]
         told = [Text("  ".join(visible(token) for token in tokens) or "(zero vector)") for tokens in ends]
         shown.add_row(str(site.layer), f"{float(vector.detach().norm()):.3g}", *told)
     console.print(shown)

@@ -112,12 +112,20 @@ class Side:
         raise RuntimeError(f"the process {self.process.args} ended")
 
 
-def compare(dtype: str, case: str, repeats: int, threads: int, folder: Path) -> dict[str, object]:
+def compare(dtype: str, case: str, repeats: int, threads: int, folder: Path, micro_batch: int) -> dict[str, object]:
     """Both sides in turns; medians over `repeats` steps after one warm-up each."""
     common = ["--serve", "--threads", str(threads)]
     ours = Side([str(Path(__file__).resolve()), *common, "--dtypes", dtype, "--cases", case])
+    layers = CASES[case]
     theirs = Side(
-        [str(HERE / "trl_baseline.py"), str(folder), *common, "--dtype", {"fp32": "float32", "bf16": "bfloat16"}[dtype]]
+        [
+            str(HERE / "trl_baseline.py"),
+            str(folder),
+            *common,
+            *("--dtype", {"fp32": "float32", "bf16": "bfloat16"}[dtype]),
+            *("--micro-batch", str(micro_batch)),
+            *(() if layers is None else ("--layers", *map(str, layers))),
+        ]
     )
     ours.step(), theirs.step()
     pairs = [(ours.step(), theirs.step()) for _ in range(repeats)]
@@ -142,6 +150,7 @@ def compare(dtype: str, case: str, repeats: int, threads: int, folder: Path) -> 
         ],
         "repeats": repeats,
         "threads": threads,
+        "rival_micro_batch": micro_batch,
     }
 
 
@@ -152,6 +161,7 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=["all"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rival-micro-batch", type=int, default=8, help="rows per backward pass of TRL; 8 is fastest here")
     parser.add_argument("--token-budget", type=int, default=2048)
     parser.add_argument("--serve", action="store_true", help="run steerlab's steps, one per line on standard input")
     parser.add_argument("--out", type=Path)
@@ -163,9 +173,9 @@ def main() -> None:
     from steerlab.models import origins
     from steerlab.runs import atomic_write, environment
 
-    folder = origins.folder("smollm2-135m")
+    folder = origins.alias_folder("smollm2-135m")
     rows = [
-        compare(dtype, case, options.repeats, options.threads, folder)
+        compare(dtype, case, options.repeats, options.threads, folder, options.rival_micro_batch)
         for dtype in options.dtypes
         for case in options.cases
     ]

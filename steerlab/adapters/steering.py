@@ -39,7 +39,8 @@ class Steering:
         layers = tuple(range(model.n_layers)) if self.layers is None else self.layers
         check_layers(layers, model.n_layers)
         width = model.width(self.site)
-        return SteeringVectors({Site(self.site, layer): torch.zeros(width) for layer in layers}, self.scope)
+        zero = torch.zeros(width, device=model.device)
+        return SteeringVectors({Site(self.site, layer): zero for layer in layers}, self.scope)
 
 
 class AddVector(torch.autograd.Function):
@@ -47,14 +48,15 @@ class AddVector(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor, vector: Tensor) -> Tensor:
-        ctx.vector_dtype = vector.dtype  # type: ignore[attr-defined]
-        return x + vector.to(x.dtype)
+        ctx.like = vector.new_empty(0)  # type: ignore[attr-defined]
+        return x + vector.to(x)
 
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor, Tensor]:
         (grad,) = grads
-        total = torch.promote_types(ctx.vector_dtype, grad.dtype)  # type: ignore[attr-defined]
-        return grad, grad.flatten(0, -2).sum(0, dtype=total).to(ctx.vector_dtype)  # type: ignore[attr-defined]
+        like: Tensor = ctx.like  # type: ignore[attr-defined]
+        total = torch.promote_types(like.dtype, grad.dtype)
+        return grad, grad.flatten(0, -2).sum(0, dtype=total).to(like)
 
 
 class SteeringVectors:
@@ -196,7 +198,7 @@ class Placement:
         def shift(x: Tensor) -> Tensor:
             if self.rows is None:
                 raise UsageError("a row bank needs to know which set each row uses: attach(model, rows=…)")
-            moved = x + bank.to(x.dtype)[self.rows][:, None]
+            moved = x + bank.to(x)[self.rows][:, None]
             return moved if self.scope.kind == "all" else torch.where(self._inside(x), moved, x)
 
         return shift

@@ -72,8 +72,7 @@ def load(name: str | Path, *, dtype: str | torch.dtype = "auto", device: str | t
     kind = _dtype(dtype, where)
     text = str(name)
     if text in ALIASES:
-        folder = conversion.converted(_packaged(text), label=text)
-        return _from_folder(folder, text, kind, where)
+        return _from_folder(alias_folder(text), text, kind, where)
     path = Path(name).expanduser()
     if path.is_dir():
         return _from_folder(path, text, kind, where)
@@ -86,6 +85,11 @@ def load(name: str | Path, *, dtype: str | torch.dtype = "auto", device: str | t
     if "/" not in text:
         raise unknown("model", text, ALIASES)
     return _from_hub(text, kind, where)
+
+
+def alias_folder(alias: str) -> Path:
+    """Folder of the safetensors that an alias stands for, converted from the packaged GGUF if it has not been yet."""
+    return conversion.converted(_packaged(alias), label=alias)
 
 
 def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

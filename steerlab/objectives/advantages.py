@@ -30,7 +30,8 @@ class LeaveOneOut:
     def __call__(self, rewards: Float[Tensor, " group"]) -> Float[Tensor, " group"]:
         if len(rewards) < 2:
             raise UsageError("leave-one-out needs at least 2 samples per prompt; raise `samples`")
-        return rewards - (rewards.sum() - rewards) / (len(rewards) - 1)
+        relative = _shifted(rewards)
+        return relative - (relative.sum() - relative) / (len(rewards) - 1)
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,8 @@ class GroupMean:
     """r_i minus the group's mean."""
 
     def __call__(self, rewards: Float[Tensor, " group"]) -> Float[Tensor, " group"]:
-        return rewards - rewards.mean()
+        relative = _shifted(rewards)
+        return relative - relative.mean()
 
 
 @dataclass(frozen=True)
@@ -50,4 +52,10 @@ class GroupNormalised:
     def __call__(self, rewards: Float[Tensor, " group"]) -> Float[Tensor, " group"]:
         if len(rewards) < 2:
             raise UsageError("group normalisation needs at least 2 samples per prompt; raise `samples`")
-        return (rewards - rewards.mean()) / (rewards.std() + self.epsilon)
+        relative = _shifted(rewards)
+        return (relative - relative.mean()) / (relative.std() + self.epsilon)
+
+
+def _shifted(rewards: Float[Tensor, " group"]) -> Float[Tensor, " group"]:
+    """Counted from the first one, which no advantage notices, so that equal rewards give exactly zero."""
+    return rewards - rewards[:1]

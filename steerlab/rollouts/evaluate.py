@@ -41,6 +41,13 @@ class Evaluation:
     limit: int | None = None
     max_rows: int = 256
 
+    def __post_init__(self) -> None:
+        for name, value in (("samples", self.samples), ("max_rows", self.max_rows), ("limit", self.limit)):
+            if value is not None and value < 1:
+                raise UsageError(f"{name} is {value}; evaluation needs at least 1")
+        if self.shots < 0:
+            raise UsageError(f"shots is {self.shots}; it must be 0 (no few-shot baseline) or more")
+
     def problems(self, task: Task) -> list[Problem]:
         """The problems to answer. Raises UsageError if the split is empty."""
         found = task.problems(self.split)[: self.limit]

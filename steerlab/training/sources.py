@@ -46,6 +46,13 @@ class Rollouts:
     sampling: Sampling = Sampling()
     max_rows: int = 256
 
+    def __post_init__(self) -> None:
+        for name, value in (("prompts", self.prompts), ("samples", self.samples), ("max_rows", self.max_rows)):
+            if value < 1:
+                raise UsageError(f"{name} is {value}; training needs at least 1")
+        if self.sampling.temperature == 0:
+            raise UsageError("temperature is 0 (greedy): all samples of a prompt are the same; train at a temperature above 0")
+
     def open(self, policy: Policy, seed: int, ledger: CostLedger) -> RolloutSource:
         """The source of one run. Raises UsageError if the task has no training problems or a prompt does not fit."""
         return RolloutSource(self, policy, seed, ledger)
@@ -59,6 +66,7 @@ class RolloutSource:
         self.problems = spec.task.problems("train")
         if not self.problems:
             raise UsageError(f"task {spec.task.name} has no training problems; give it a larger train size")
+        self.n_names = 1 + max(p.id for p in self.problems)
         self.encoded = [tuple(encode(spec.task.prompt(p), policy.model.tokenizer)) for p in self.problems]
 
     def chosen(self, step: int) -> list[int]:
@@ -73,7 +81,7 @@ class RolloutSource:
         chosen = self.chosen(step)
         problems, prompts = [self.problems[i] for i in chosen], tuple(self.encoded[i] for i in chosen)
         # A problem that comes twice in one step (few problems) must not get the same completions twice.
-        names = [p.id + len(self.problems) * chosen[:i].count(c) for i, (p, c) in enumerate(zip(problems, chosen, strict=True))]
+        names = [p.id + self.n_names * chosen[:i].count(c) for i, (p, c) in enumerate(zip(problems, chosen, strict=True))]
         rows = Rows.grid(names, self.spec.samples)
         with self.ledger.time("rollout_s"):
             done = self.policy.sample(

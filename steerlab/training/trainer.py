@@ -96,8 +96,9 @@ class Trainer:
         if math.isfinite(value) and not bad:
             return
         place = f"gradient at {', '.join(bad[:3])}{', …' if len(bad) > 3 else ''}" if bad else "every gradient is finite"
+        kept = f"the checkpoint of step {step} stays" if step else "there is no checkpoint yet"
         raise RunFailed(
-            f"loss {value} at step {step} ({place}); kept the checkpoint of step {step}; lower the learning rate "
+            f"loss {value} at step {step} ({place}); {kept}; lower the learning rate "
             f"(now {self.experiment.updater.lr:g}) or use dtype fp32 in a new run"
         )
 

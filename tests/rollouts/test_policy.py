@@ -1,0 +1,157 @@
+"""Teacher-forced log-probabilities = those recorded while sampling = those of one plain forward pass per row."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import pytest
+import torch
+
+from steerlab.adapters import Layout, Scope, SteeringVectors
+from steerlab.batches import RolloutBatch
+from steerlab.models import LanguageModel, Site, tiny
+from steerlab.rollouts import Completions, Policy, Rows, Sampling
+
+# The longest is longer than the tiny models' sliding window of 24.
+PROMPTS = [list(range(40, 70)), [50], [60, 61, 62, 63]]
+SAMPLING = Sampling(temperature=0.8, max_new_tokens=10, stop=tuple("abcdefghijklmnopqrstuvwxyzABCDEF"))
+
+
+@lru_cache
+def tiny_model(family: str, dtype: torch.dtype) -> LanguageModel:
+    return tiny.model(family, dtype=dtype)
+
+
+def drawn(model: LanguageModel, scope: Scope = Scope(), seed: int = 0) -> SteeringVectors:
+    generator = torch.Generator().manual_seed(seed)
+    sites = [Site("resid_post", layer) for layer in range(model.n_layers)]
+    return SteeringVectors(
+        {s: 0.3 * torch.randn(32, generator=generator, dtype=torch.float64).to(model.dtype) for s in sites}, scope
+    )
+
+
+def as_batch(prompts: list[list[int]], rows: Rows, out: Completions, temperature: float) -> RolloutBatch:
+    return RolloutBatch(
+        prompts=tuple(map(tuple, prompts)),
+        group=rows.prompt,
+        completions=out.tokens,
+        lengths=out.lengths,
+        logprobs=out.logprobs,
+        rewards=torch.zeros(len(rows)),
+        correct=torch.zeros(len(rows), dtype=torch.bool),
+        temperature=temperature,
+    )
+
+
+def sampled(policy: Policy, sampling: Sampling = SAMPLING, samples: int = 3) -> RolloutBatch:
+    rows = Rows.grid([0, 1, 2], samples)
+    return as_batch(PROMPTS, rows, policy.sample(PROMPTS, rows, sampling, seed=1), sampling.temperature)
+
+
+def tolerance(family: str, dtype: torch.dtype) -> float:
+    """fp64 means fp64 except where transformers' eager attention rounds to fp32."""
+    return 1e-9 if dtype == torch.float64 and family not in ("gemma2", "gpt_neo") else 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_recorded_is_teacher_forced(family: str, dtype: torch.dtype) -> None:
+    if (family, dtype) == ("gemma2", torch.float64):
+        pytest.skip("transformers' eager mask overflows in fp64; see the fp32 case")
+    model = tiny_model(family, dtype)
+    for vectors in (None, drawn(model)):
+        policy = Policy(model, vectors)
+        batch = sampled(policy)
+        again = policy.logprobs(batch)
+        assert again.requires_grad == (vectors is not None)
+        assert torch.allclose(again.detach(), batch.logprobs, rtol=0, atol=tolerance(family, dtype))
+        assert not again[~batch.mask].any()
+
+
+@pytest.mark.parametrize("family", ["mistral", "phi3", "gemma3"])
+def test_windows_shorter_than_the_prompt(family: str) -> None:
+    model = tiny.model(family, dtype=torch.float64)
+    if family != "gemma3":
+        model.hf.config.sliding_window = 8
+    policy = Policy(model, drawn(model))
+    batch = sampled(policy)
+    assert torch.allclose(policy.logprobs(batch).detach(), batch.logprobs, rtol=0, atol=1e-9)
+    assert torch.allclose(plain(policy, batch), batch.logprobs, rtol=0, atol=1e-9)
+
+
+def plain(policy: Policy, batch: RolloutBatch) -> torch.Tensor:
+    """One forward pass per row over prompt and completion: no cache, no padding, no sharing."""
+    found = torch.zeros_like(batch.logprobs)
+    for i in range(len(batch)):
+        prompt, n = batch.prompts[batch.group[i]], int(batch.lengths[i])
+        said = batch.completions[i, :n]
+        tokens = torch.cat([torch.tensor(prompt), said])[None]
+        with torch.no_grad(), policy.adapter.attach(policy.model, layout=Layout.of_texts(tokens, len(prompt))):
+            logits = policy.model.logits(tokens)[0, len(prompt) - 1 : -1]
+        found[i, :n] = (logits / batch.temperature).log_softmax(-1).gather(-1, said[:, None])[:, 0]
+    return found
+
+
+@pytest.mark.parametrize("family", [f for f in tiny.FAMILIES if f != "gemma2"])
+def test_teacher_forced_is_one_plain_pass(family: str) -> None:
+    model = tiny_model(family, torch.float64)
+    policy = Policy(model, drawn(model))
+    batch = sampled(policy)
+    expected = plain(policy, batch)
+    assert torch.allclose(policy.logprobs(batch).detach(), expected, rtol=0, atol=tolerance(family, torch.float64))
+
+
+@pytest.mark.parametrize(
+    "scope",
+    [Scope.prompt(), Scope.generated(), Scope.positions(2, 33), Scope.predicting(0, 1), Scope.predicting(3), Scope.after(61)],
+    ids=lambda s: f"{s.kind}-{s.start}-{s.stop}",
+)
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
+def test_scopes(family: str, scope: Scope) -> None:
+    model = tiny_model(family, torch.float64)
+    policy = Policy(model, drawn(model, scope))
+    batch = sampled(policy)
+    again = policy.logprobs(batch).detach()
+    assert torch.allclose(again, batch.logprobs, rtol=0, atol=1e-9)
+    assert torch.allclose(again, plain(policy, batch), rtol=0, atol=1e-9)
+
+
+def test_recorded_under_top_p_is_the_uncut_probability() -> None:
+    model = tiny_model("llama", torch.float64)
+    policy = Policy(model, drawn(model))
+    batch = sampled(policy, Sampling(top_p=0.6, max_new_tokens=6))
+    assert torch.allclose(policy.logprobs(batch).detach(), batch.logprobs, rtol=0, atol=1e-9)
+
+
+def test_one_token_completions_and_one_row() -> None:
+    model = tiny_model("llama", torch.float64)
+    policy = Policy(model, drawn(model))
+    batch = sampled(policy, Sampling(max_new_tokens=1))
+    assert batch.completions.shape[1] == 1
+    assert torch.allclose(policy.logprobs(batch).detach(), batch.logprobs, rtol=0, atol=1e-9)
+    single = sampled(policy).select(torch.tensor([4]))
+    assert torch.allclose(policy.logprobs(single).detach(), single.logprobs, rtol=0, atol=1e-9)
+
+
+def test_a_selection_says_the_same_as_the_whole() -> None:
+    model = tiny_model("gpt2", torch.float64)
+    policy = Policy(model, drawn(model))
+    batch = sampled(policy)
+    whole = policy.logprobs(batch).detach()
+    chosen = torch.tensor([7, 1, 3])
+    part = batch.select(chosen)
+    width = part.completions.shape[1]
+    assert torch.allclose(policy.logprobs(part).detach(), whole[chosen, :width], rtol=0, atol=1e-9)
+
+
+def test_reference() -> None:
+    model = tiny_model("llama", torch.float64)
+    mine, other = drawn(model, seed=1), drawn(model, seed=2)
+    batch = sampled(Policy(model, mine))
+    to_base = Policy(model, mine).reference_logprobs(batch)
+    to_other = Policy(model, mine, other).reference_logprobs(batch)
+    assert not to_base.requires_grad and not to_other.requires_grad
+    assert torch.equal(to_base, Policy(model).logprobs(batch))
+    assert torch.equal(to_other, Policy(model, other).logprobs(batch).detach())
+    assert torch.equal(Policy(model, mine, mine).reference_logprobs(batch), Policy(model, mine).logprobs(batch).detach())
+    assert (to_base - to_other).abs().max() > 1e-2

@@ -1,0 +1,420 @@
+"""The command line as a person meets it: mistakes are one line, runs are whole folders, a killed run ends the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from steerlab import execute
+from steerlab.__main__ import COMMANDS, main
+from steerlab.adapters import SteeringVectors, formats
+from steerlab.models import LanguageModel, Site
+from steerlab.runs import Run, tensors_sha256
+from steerlab.training.sources import RolloutSource
+
+ROOT = Path(__file__).resolve().parents[1]
+Words = list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Said:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+Sl = Callable[..., Said]
+
+
+@pytest.fixture
+def sl(capsys: pytest.CaptureFixture[str]) -> Sl:
+    """Runs the command line in this process."""
+
+    def run(*words: str | Path) -> Said:
+        capsys.readouterr()
+        code = main([str(word) for word in words])
+        return Said(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_llama: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model as a person would have it: a folder."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tiny_llama.hf.save_pretrained(folder)
+    tiny_llama.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sums(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small data file: judging it starts no worker process."""
+    path = tmp_path_factory.mktemp("data") / "sums.csv"
+    path.write_text("\n".join(["question,answer", *(f"{a}+{b}=,{a + b}" for a in range(5) for b in range(8))]))
+    return path
+
+
+@pytest.fixture
+def recipe(tiny_folder: Path, sums: Path) -> Words:
+    """`train` words for a run of a second; random rewards, because a random model is never right."""
+    options = ["control=random_reward", "train=30", "test=4"]
+    return [
+        *("train", "rloo", "--task", str(sums), *(w for o in options for w in ("--task-option", o))),
+        *("--model", str(tiny_folder), "--dtype", "fp32", "--steps", "3", "--prompts", "3", "--samples", "3"),
+        *("--max-new-tokens", "4"),
+    ]  # fmt: skip
+
+
+def refused(said: Said, *parts: str, code: int = 2) -> None:
+    """One line on stderr with these parts."""
+    assert said.code == code, said
+    assert said.err.count("\n") == 1, said.err
+    assert said.err.startswith("steerlab: ")
+    for part in parts:
+        assert part in said.err
+
+
+# ---- help
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_has_a_help_page(sl: Sl, name: str) -> None:
+    said = sl(name, "--help")
+    assert said.code == 0
+    assert said.out.startswith(f"usage: steerlab {name}")
+    assert len(said.out.splitlines()) > 5
+
+
+def test_the_overview_has_every_command_in_one_sentence(sl: Sl) -> None:
+    said = sl()
+    assert said.code == 0
+    for name in COMMANDS:
+        assert any(line.split()[:1] == [name] and line.endswith(".") for line in said.out.splitlines()), name
+
+
+def test_every_recipe_explains_its_options(sl: Sl) -> None:
+    for line in sl("recipes").out.splitlines():
+        page = sl("train", line.split()[0], "--help")
+        assert page.code == 0
+        assert "--task" in page.out
+        assert "--plan" in page.out
+
+
+def test_the_lists_name_what_there_is(sl: Sl) -> None:
+    assert "rloo" in sl("recipes").out
+    assert "smollm2-135m" in sl("models").out
+    assert "chain_sum" in sl("tasks").out
+
+
+# ---- mistakes
+
+
+def test_unknown_names_offer_the_nearest(sl: Sl, recipe: Words, tmp_path: Path) -> None:
+    refused(sl("trian"), "did you mean train?")
+    refused(sl("train", "rlo"), "did you mean rloo?")
+    refused(sl("train", "rloo", "--task", "chain_sm"), "chain_sum")
+    refused(sl(*recipe, "--stepz", "3"), "--steps")
+    refused(sl("eval", "--modle", "x"), "--model")
+    refused(sl("train", "rloo", "--task", "chain_sum", "--task-option", "max_digit=2"), "max_digits")
+    refused(sl(*recipe[:4], "--model", "smolm2-135m", "--out", tmp_path / "x"), "did you mean smollm2-135m?")
+    refused(sl(*recipe, "--site", "resid_pots", "--out", tmp_path / "x"), "resid_post")
+    refused(sl(*recipe, "--dtype", "fp3", "--out", tmp_path / "x"), "fp32")
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "part"),
+    [
+        (["--steps", "abc"], "--steps"),
+        (["--steps", "0"], "steps is 0"),
+        (["--lr", "-1"], "learning rate"),
+        (["--prompts", "0"], "prompts is 0"),
+        (["--samples", "1"], "at least 2 samples"),
+        (["--max-new-tokens", "0"], "max_new_tokens is 0"),
+        (["--max-new-tokens", "600"], "context"),
+        (["--layers", "0", "9"], "layers 0 to 3"),
+        (["--advantage", "none"], "group_mean"),
+        (["--task-option", "train"], "KEY=VALUE"),
+        (["--task-option", "train=2000"], "given twice"),
+        (["--task-option", "shots=29"], "30 train problems"),
+        (["surplus"], "surplus"),
+    ],
+)
+def test_bad_values_leave_nothing_behind(sl: Sl, recipe: Words, tmp_path: Path, words: Words, part: str) -> None:
+    folder = tmp_path / "run"
+    refused(sl(*recipe, "--out", folder, *words), part)
+    assert not folder.exists()
+
+
+def test_a_missing_option_is_named(sl: Sl) -> None:
+    refused(sl("train", "rloo"), "--task")
+    refused(sl("generate", "somewhere"), "--prompt")
+    refused(sl("resume"), "FOLDER")
+
+
+def test_a_folder_that_is_no_run(sl: Sl, recipe: Words, tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    for words in (["resume"], ["report"], ["lens"], ["eval"], ["generate", "--prompt", "x"]):
+        refused(sl(words[0], tmp_path, *words[1:]), "is not a run")
+    refused(sl(*recipe, "--out", tmp_path), "is not a run")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+@pytest.mark.parametrize("parent", ["file", "proc"])
+def test_a_folder_that_cannot_be_written(sl: Sl, recipe: Words, tmp_path: Path, parent: str) -> None:
+    (tmp_path / "file").write_text("")
+    folder = tmp_path / "file" / "run" if parent == "file" else Path("/proc/steerlab-run")
+    refused(sl(*recipe, "--out", folder), "cannot write")
+
+
+def test_a_full_disk_at_the_start_leaves_nothing(
+    sl: Sl, recipe: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "fsync", full_disk)
+    refused(sl(*recipe, "--out", tmp_path / "run"), "disk is full")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_fills_up_on_the_way_can_be_resumed(
+    sl: Sl, recipe: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = RolloutSource.next
+
+    def filling(self: RolloutSource, step: int) -> object:
+        if step == 2:
+            monkeypatch.setattr(os, "fsync", full_disk)
+        return drawn(self, step)
+
+    with monkeypatch.context():
+        monkeypatch.setattr(RolloutSource, "next", filling)
+        refused(sl(*recipe, "--out", tmp_path / "run"), "disk is full")
+    monkeypatch.undo()
+    assert not [path for path in (tmp_path / "run").rglob(".*")]
+    assert sl("resume", tmp_path / "run").code == 0
+    assert list(Run.open(tmp_path / "run").metrics()["step"]) == [0, 1, 2]
+
+
+def full_disk(_: int) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_run_that_cannot_go_on_is_exit_code_one(
+    sl: Sl, recipe: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = RolloutSource.next
+
+    def spoilt(self: RolloutSource, step: int) -> object:
+        found = drawn(self, step)
+        if step == 1:
+            found.batch.rewards[0] = float("nan")
+        return found
+
+    monkeypatch.setattr(RolloutSource, "next", spoilt)
+    refused(sl(*recipe, "--out", tmp_path / "run"), "step 1", code=1)
+
+
+def test_no_other_weights_unless_allowed(sl: Sl, tiny_folder: Path, tmp_path: Path) -> None:
+    vectors = SteeringVectors({Site("resid_post", 1): torch.ones(32)})
+    origin = formats.Provenance("other", "0" * 64, "0" * 64, 32, 4, "pre")
+    formats.save(tmp_path / "v.safetensors", vectors, origin)
+    words = ("lens", tmp_path / "v.safetensors", "--model", tiny_folder)
+    refused(sl(*words), "--allow-other-weights")
+    assert sl(*words, "--allow-other-weights").code == 0
+
+
+# ---- a run, whole
+
+
+@pytest.fixture(scope="module")
+def quick(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The quickstart's run on the tiny model."""
+    folder = tmp_path_factory.mktemp("runs") / "quick"
+    assert main(["quickstart", "--scale", "tiny", "--model", str(tiny_folder), "--out", str(folder)]) == 0
+    return folder
+
+
+def test_the_quickstart_makes_all_files(quick: Path) -> None:
+    names = {path.relative_to(quick).as_posix() for path in quick.rglob("*") if path.is_file()}
+    tables = ("scores", "completions", "curve", "norms", "cosines", "logit_lens")
+    assert names >= {
+        "manifest.json", "metrics.jsonl", "vectors.safetensors", "report.html",
+        *(f"tables/{name}.parquet" for name in tables), "figures/scores.html", "figures/learning_curve.html",
+    }  # fmt: skip
+    assert not [name for name in names if Path(name).name.startswith(".")]
+    assert json.loads((quick / "manifest.json").read_text())["status"] == "done"
+    assert {"base", "steered", "greedy", "few_shot"} <= set(Run.open(quick).table("scores")["condition"])
+
+
+def test_the_quickstart_again_only_shows_the_run(sl: Sl, quick: Path, tiny_folder: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in quick.rglob("*")}
+    said = sl("quickstart", "--scale", "tiny", "--model", tiny_folder, "--out", quick)
+    assert said.code == 0
+    assert f"report: {quick / 'report.html'}" in said.out
+    assert f"steerlab lens {quick}" in said.out
+    assert "gain of steered over base" in said.out
+    assert {path: path.stat().st_mtime_ns for path in quick.rglob("*")} == before
+
+
+def test_another_configuration_in_the_same_folder_is_refused(sl: Sl, quick: Path, tiny_folder: Path) -> None:
+    said = sl("quickstart", "--scale", "tiny", "--model", tiny_folder, "--out", quick, "--seed", "1")
+    refused(said, "another configuration")
+
+
+def test_the_report_is_written_again(sl: Sl, quick: Path) -> None:
+    (quick / "report.html").unlink()
+    said = sl("report", quick)
+    assert said.out.strip() == str(quick / "report.html")
+    assert (quick / "report.html").stat().st_size > 100_000
+
+
+def test_the_lens_shows_every_layer_and_writes_only_when_asked(sl: Sl, quick: Path, tmp_path: Path) -> None:
+    before = sorted(quick.rglob("*"))
+    said = sl("lens", quick, "--k", "3")
+    assert said.code == 0
+    assert sorted(quick.rglob("*")) == before
+    assert all(any(f"│ {layer} " in row.replace("   ", " ") for row in said.out.splitlines()) for layer in range(4))
+    refused(sl("lens", quick, "--out", tmp_path / "lens.txt"), ".csv")
+    assert sl("lens", quick, "--out", tmp_path / "lens.csv").code == 0
+    assert (tmp_path / "lens.csv").read_text().startswith("site,layer,readout,end,rank")
+
+
+def test_generate_puts_base_and_steered_side_by_side(sl: Sl, quick: Path) -> None:
+    words = ("generate", quick, "--prompt", "1 + 2 =", "--max-new-tokens", "6", "--samples", "2")
+    said = sl(*words, "--base", "--scale", "0")
+    assert said.code == 0
+    base = said.out.partition("[steered × 0]")[0].replace("[base]", "").split("\n")[0]
+    assert said.out.count("[base]") == said.out.count("[steered × 0]") == 2
+    assert f"[steered × 0]{base}" in said.out, "zero vectors change nothing"
+    assert sl(*words).out == sl(*words).out
+    refused(sl(*words, "--samples", "0"), "samples is 0")
+
+
+def test_eval_writes_beside_the_runs_own_tables(sl: Sl, quick: Path, sums: Path, tmp_path: Path) -> None:
+    own = (quick / "tables" / "scores.parquet").read_bytes()
+    options = ("--task", sums, "--samples", "2", "--limit", "3", "--max-new-tokens", "4", "--shots", "2")
+    said = sl("eval", quick, *options, "--seeds", "1", "2", "3")
+    assert said.code == 0, said
+    scores = Run.open(quick).table("scores@sums.csv")
+    assert dict(scores.groupby("condition")["n_seeds"].max()) == {"base": 3, "steered": 3, "greedy": 1, "few_shot": 1}
+    assert (quick / "tables" / "scores.parquet").read_bytes() == own
+    assert sl("eval", quick, *options, "--out", tmp_path / "eval").code == 0
+    assert Run.open(tmp_path / "eval").tables() == ["completions", "scores"]
+    refused(sl("resume", tmp_path / "eval"), "evaluation")
+
+
+def test_eval_of_a_base_model_needs_a_model_and_a_task(sl: Sl, tiny_folder: Path, sums: Path) -> None:
+    refused(sl("eval", "--task", sums), "--model")
+    refused(sl("eval", "--model", tiny_folder), "--task")
+    options = ("--samples", "2", "--limit", "2", "--max-new-tokens", "4", "--shots", "0", "--no-greedy")
+    said = sl("eval", "--model", tiny_folder, "--task", sums, *options)
+    assert said.code == 0
+    assert "base" in said.out
+    assert "wrote" not in said.out
+
+
+def test_tasks_check_names_the_wrong_gold_answers(sl: Sl, sums: Path, tmp_path: Path) -> None:
+    assert sl("tasks", "--check", sums).code == 0
+    (tmp_path / "wrong.csv").write_text("question,answer\na,1\nb,none\nc,3\nd,4\n")
+    said = sl("tasks", "--check", tmp_path / "wrong.csv")
+    assert said.code == 1
+    assert "problem 1" in said.out
+    assert "'none'" in said.out
+
+
+def test_plan_says_the_cost_and_writes_nothing(sl: Sl, recipe: Words, tmp_path: Path) -> None:
+    said = sl(*recipe, "--plan", "--out", tmp_path / "run")
+    assert said.code == 0
+    assert not (tmp_path / "run").exists()
+    assert {"rollouts", "updates", "evaluation", "hours", "memory", "disk"} <= {
+        line.split()[0] for line in said.out.splitlines()
+    }
+
+
+# ---- stopping and going on
+
+
+def test_ctrl_c_says_how_to_go_on(sl: Sl, recipe: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = RolloutSource.next
+
+    def interrupted(self: RolloutSource, step: int) -> object:
+        if step == 2:
+            raise KeyboardInterrupt
+        return drawn(self, step)
+
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(RolloutSource, "next", interrupted)
+        said = sl(*recipe, "--out", folder)
+    refused(said, f"stopped at step 2; resume with: steerlab resume {folder}", code=130)
+    assert sl("resume", folder).code == 0
+    assert sl(*recipe, "--out", tmp_path / "whole").code == 0
+    assert outcome(folder) == outcome(tmp_path / "whole")
+
+
+def test_ctrl_c_before_anything_is_written(
+    sl: Sl, recipe: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(execute, "check", interrupted)
+    refused(sl(*recipe, "--out", tmp_path / "run"), "before anything was written", code=130)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_killed_run_ends_with_the_same_bytes(sl: Sl, recipe: Words, tmp_path: Path) -> None:
+    """kill -9 between or inside steps, then resume: vectors, optimiser, counters and tables as if nothing had been."""
+    words = list(recipe)
+    words[words.index("--steps") + 1] = "12"
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    metrics = killed / "metrics.jsonl"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "steerlab", *words, "--out", str(killed)],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    try:
+        while process.poll() is None and (not metrics.exists() or metrics.read_bytes().count(b"\n") < 4):
+            time.sleep(0.002)
+        assert process.poll() is None, process.communicate()[0].decode()[-2000:]
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.communicate()
+    assert 4 <= metrics.read_bytes().count(b"\n") < 12
+    assert not (killed / "vectors.safetensors").exists()
+    assert sl("resume", killed).code == 0
+    assert sl(*words, "--out", whole).code == 0
+    assert torch.cat([v.flatten() for v in load_file(whole / "vectors.safetensors").values()]).abs().sum() > 0
+    assert outcome(killed) == outcome(whole)
+
+
+def outcome(folder: Path) -> dict[str, object]:
+    """What must not depend on when a run was stopped: bytes of vectors and tables, tensors and step of the checkpoint."""
+    run = Run.open(folder)
+    checkpoint = run.load_checkpoint()
+    assert checkpoint is not None
+    step, tensors, state = checkpoint
+    counted = {name: state["cost"][name] for name in ("steps", "tokens_prompt", "tokens_completion", "exchanged_bytes")}
+    return {
+        "vectors": run.vectors_path.read_bytes(),
+        "checkpoint": (step, tensors_sha256(tensors), state["reward_ema"], counted),
+        **{name: (folder / "tables" / f"{name}.parquet").read_bytes() for name in run.tables()},
+    }

@@ -1,0 +1,111 @@
+"""Rollouts as a source: which problems, which streams, and that batch, metrics and texts say the same."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from steerlab.errors import UsageError
+from steerlab.models import LanguageModel
+from steerlab.rollouts import Completions, Policy, Rows, Sampling
+from steerlab.runs import CostLedger
+from steerlab.tasks import Judgement, Message, Problem, Prompt, encode
+from steerlab.training import Rollouts
+
+
+@dataclass(frozen=True)
+class Letters:
+    """Right when the completion begins with an ASCII letter. `ids` are those of the train problems."""
+
+    ids: tuple[int, ...] = (0, 3, 6, 9, 12)
+    name: str = "letters"
+
+    def problems(self, split: str) -> list[Problem]:
+        return [Problem(i, f"question {i}", "a") for i in self.ids]
+
+    def prompt(self, problem: Problem) -> Prompt:
+        return Prompt((Message("user", problem.question),), "chat")
+
+    def judge(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Judgement]:
+        right = [t[:1].isascii() and t[:1].isalpha() for t in texts]
+        return [Judgement(2.0 * r - 1, r, t[:1] or None) for r, t in zip(right, texts, strict=True)]
+
+    def validate(self) -> list[tuple[Problem, Judgement]]:
+        return []
+
+    def few_shot(self, n: int, seed: int = 0) -> Letters:
+        return self
+
+
+class Spy(Policy):
+    """Remembers the rows it was asked for."""
+
+    rows: Rows
+    out: Completions
+
+    def sample(self, prompts: object, rows: Rows, *args: object, **names: object) -> Completions:
+        self.rows = rows
+        self.out = super().sample(prompts, rows, *args, **names)
+        return self.out
+
+
+def test_epochs_cover_every_problem_once(tiny_llama: LanguageModel) -> None:
+    source = Rollouts(Letters(), prompts=2, samples=2).open(Policy(tiny_llama), 0, CostLedger())
+    seen = [i for step in range(10) for i in source.chosen(step)]
+    for epoch in range(4):
+        assert sorted(seen[5 * epoch : 5 * epoch + 5]) == [0, 1, 2, 3, 4]
+    assert len({tuple(seen[5 * e : 5 * e + 5]) for e in range(4)}) > 1, "every epoch in the same order"
+    other = Rollouts(Letters(), prompts=2, samples=2).open(Policy(tiny_llama), 1, CostLedger())
+    assert [i for step in range(10) for i in other.chosen(step)] != seen
+
+
+@pytest.mark.parametrize("ids", [(0, 1), (0, 2), (5, 5 + 2), (0, 2, 4, 6)])
+def test_problems_that_come_twice_get_streams_of_their_own(tiny_llama: LanguageModel, ids: tuple[int, ...]) -> None:
+    policy = Spy(tiny_llama)
+    Rollouts(Letters(ids), prompts=9, samples=2, sampling=Sampling(max_new_tokens=1)).open(policy, 0, CostLedger()).next(0)
+    streams = Counter(zip(policy.rows.problem.tolist(), policy.rows.sample.tolist(), strict=True))
+    assert len(streams) == 18
+
+
+def test_batch_metrics_and_texts(tiny_llama: LanguageModel) -> None:
+    ledger, task, policy = CostLedger(), Letters(), Spy(tiny_llama)
+    source = Rollouts(task, prompts=3, samples=4, sampling=Sampling(temperature=0.8, max_new_tokens=5)).open(
+        policy, 3, ledger
+    )
+    drawn = source.next(2)
+    batch = drawn.batch
+    chosen = [task.problems("train")[i] for i in source.chosen(2)]
+    assert batch.prompts == tuple(tuple(encode(task.prompt(p), tiny_llama.tokenizer)) for p in chosen)
+    assert batch.group.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+    assert batch.temperature == 0.8
+    assert torch.equal(batch.completions, policy.out.tokens) and torch.equal(batch.logprobs, policy.out.logprobs)
+    for i, record in enumerate(drawn.texts):
+        text = tiny_llama.tokenizer.decode(batch.completions[i, : batch.lengths[i]], skip_special_tokens=True)
+        (judged,) = task.judge([chosen[i // 4]], [text])
+        assert record["text"] == text and record["problem"] == chosen[i // 4].id and record["step"] == 2
+        assert record["reward"] == float(batch.rewards[i]) == judged.reward
+        assert record["correct"] == bool(batch.correct[i]) == judged.correct
+    rewards = batch.rewards.view(3, 4)
+    assert drawn.metrics["reward"] == pytest.approx(float(rewards.mean()))
+    assert drawn.metrics["correct"] == pytest.approx(float(batch.correct.float().mean()))
+    assert drawn.metrics["signal_share"] == pytest.approx(sum(len(set(r)) > 1 for r in rewards.tolist()) / 3)
+    assert drawn.metrics["completion_tokens"] == pytest.approx(batch.n_tokens / 12)
+    assert drawn.metrics["entropy_nats"] == pytest.approx(-float(batch.logprobs.sum()) / batch.n_tokens)
+    assert ledger.tokens_completion == batch.n_tokens and ledger.tokens_prompt == sum(map(len, batch.prompts))
+    again = Rollouts(task, prompts=3, samples=4, sampling=Sampling(temperature=0.8, max_new_tokens=5), max_rows=5)
+    repeated = again.open(Policy(tiny_llama), 3, CostLedger()).next(2).batch
+    assert torch.equal(repeated.completions, batch.completions)
+
+
+def test_bad_settings_are_refused(tiny_llama: LanguageModel) -> None:
+    for options in ({"prompts": 0}, {"samples": 0}, {"max_rows": 0}, {"sampling": Sampling(temperature=0.0)}):
+        with pytest.raises(UsageError):
+            Rollouts(Letters(), **options)
+    with pytest.raises(UsageError, match="train"):
+        Rollouts(Letters(())).open(Policy(tiny_llama), 0, CostLedger())
+    with pytest.raises(UsageError, match="context"):  # before any step, not hours into a run
+        Rollouts(Letters(), sampling=Sampling(max_new_tokens=10_000)).open(Policy(tiny_llama), 0, CostLedger())
