@@ -7,17 +7,16 @@ Commands are the functions of COMMANDS; their signatures are their options and t
 from __future__ import annotations
 
 import contextlib
-import inspect
 import os
+import shutil
 import sys
-import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from steerlab.arguments import options_of, parse, say, task_options
+from steerlab.arguments import options_of, parse, say, summary, task_options, two_columns
 from steerlab.errors import RunFailed, UsageError, unknown
 
 if TYPE_CHECKING:
@@ -25,10 +24,13 @@ if TYPE_CHECKING:
 
     from steerlab.runs import Run
 
-RunFolder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="Folder of a run.")]
+RunFolder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="Folder of a run.", metavar="FOLDER")]
 RunOrVectors = Annotated[
-    str, tyro.conf.Positional, tyro.conf.arg(help="Folder of a run, or a .safetensors or .npy file of vectors.")
+    str,
+    tyro.conf.Positional,
+    tyro.conf.arg(help="Folder of a run, or a .safetensors or .npy file of vectors.", metavar="RUN"),
 ]
+RUN_OR_NOTHING = tyro.conf.arg(help="A run or a file of vectors; nothing for a base model.", metavar="RUN")
 OtherWeights = Annotated[bool, tyro.conf.arg(help="Use the vectors though they were trained on other weights.")]
 TaskOptions = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], say("task_option")]
 
@@ -84,11 +86,16 @@ def dispatch(words: list[str]) -> int:
     return int(parse(COMMANDS[name], rest, f"steerlab {name}") or 0)
 
 
+def tell_names(rows: Sequence[tuple[str, str]]) -> None:
+    """Names and what they are, wrapped to the terminal."""
+    tell(two_columns(rows, shutil.get_terminal_size((120, 24)).columns))
+
+
 def overview() -> int:
     """The page of `steerlab --help`."""
     tell("usage: steerlab COMMAND [OPTIONS]\n")
     tell("Train steering vectors on frozen language models with reinforcement learning, and read what they do.\n")
-    show_names([(name, summary(command)) for name, command in COMMANDS.items()])
+    tell_names([(name, summary(command)) for name, command in COMMANDS.items()])
     tell("\nsteerlab COMMAND --help shows the options. Start with: steerlab quickstart")
     return 0
 
@@ -99,7 +106,7 @@ def train(words: list[str]) -> int:
 
     if not words or words[0] in ("-h", "--help"):
         tell(f"usage: steerlab train RECIPE --task NAME [OPTIONS]\n\n{summary(train)}\n\nrecipes:")
-        show_names([(name, summary(recipe)) for name, recipe in RECIPES.items()])
+        tell_names([(name, summary(recipe)) for name, recipe in RECIPES.items()])
         tell("\nsteerlab train RECIPE --help shows its options; --plan says first what a run would cost.")
         return 0
     name, rest = words[0], words[1:]
@@ -112,7 +119,7 @@ def train(words: list[str]) -> int:
     if options.plan:
         from steerlab.plan import plan
 
-        show_names(plan(experiment).rows())
+        tell_names(plan(experiment).rows())
         return 0
     label = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(experiment.source.task.name).stem)
     folder = options.out or f"runs/{name}-{label}-seed{experiment.seed}"
@@ -188,7 +195,7 @@ def stoppable(folder: str) -> Iterator[None]:
 
 
 def evaluate(
-    target: Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="Run or vectors; nothing for a base model.")] = "",
+    target: Annotated[str, tyro.conf.Positional, RUN_OR_NOTHING] = "",
     model: Annotated[str, say("model_of")] = "",
     task: Annotated[str, tyro.conf.arg(help="Default: the task of the run. See `steerlab tasks`.")] = "",
     task_option: TaskOptions = (),
@@ -326,8 +333,8 @@ def models() -> int:
         except PackageNotFoundError:
             return f"not installed; {remedy}"
 
-    show_names([(name, there(origin.distributions, origin.remedy)) for name, origin in ALIASES.items()])
-    show_names([("owner/model", "a hub id"), ("FOLDER", "config.json, safetensors, tokenizer"), ("FILE.gguf", "")])
+    tell_names([(name, there(origin.distributions, origin.remedy)) for name, origin in ALIASES.items()])
+    tell_names([("owner/model", "a hub id"), ("FOLDER", "config.json, safetensors, tokenizer"), ("FILE.gguf", "")])
     return 0
 
 
@@ -335,7 +342,7 @@ def recipes() -> int:
     """List the training methods."""
     from steerlab.recipes import RECIPES
 
-    show_names([(name, summary(recipe)) for name, recipe in RECIPES.items()])
+    tell_names([(name, summary(recipe)) for name, recipe in RECIPES.items()])
     return 0
 
 
@@ -355,11 +362,11 @@ def tasks(
             tell(f"{check}: every gold answer scores full marks")
             return 0
         tell(f"{check}: {len(failing)} gold answers do not score")
-        show_names([(f"problem {p.id}", f"{p.answer!r}, read as {j.extracted!r} {j.note}") for p, j in failing])
+        tell_names([(f"problem {p.id}", f"{p.answer!r}, read as {j.extracted!r} {j.note}") for p, j in failing])
         return 1
     benchmark = "benchmark; its data are given as path= or found in $STEERLAB_DATA"
-    show_names([(name, summary(task) or (benchmark if name in BENCHMARKS else "")) for name, task in TASKS.items()])
-    show_names([("FILE.jsonl, FILE.csv", "your own questions and answers"), ("NAME", "any reasoning-gym data set")])
+    tell_names([(name, summary(task) or (benchmark if name in BENCHMARKS else "")) for name, task in TASKS.items()])
+    tell_names([("FILE.jsonl, FILE.csv", "your own questions and answers"), ("NAME", "any reasoning-gym data set")])
     if gym:
         tell("\n".join(names()))
     return 0
@@ -370,22 +377,6 @@ def console() -> Console:
     from rich.console import Console
 
     return Console()
-
-
-def show_names(rows: Sequence[tuple[str, str]]) -> None:
-    """Two columns, wrapped to the width of the terminal."""
-    width = max(len(name) for name, _ in rows)
-    room = max(40, (console().width if sys.stdout.isatty() else 120) - width - 4)
-    for name, meaning in rows:
-        told = textwrap.wrap(meaning, room) or [""]
-        tell(f"  {name:<{width}}  {told[0]}".rstrip())
-        for more in told[1:]:
-            tell(" " * (width + 4) + more)
-
-
-def summary(thing: object) -> str:
-    """First sentence of a docstring."""
-    return (inspect.getdoc(thing) or "").partition("\n\n")[0].replace("\n", " ")
 
 
 COMMANDS: Mapping[str, Callable[..., int]] = {

@@ -11,6 +11,7 @@ import dataclasses
 import inspect
 import io
 import json
+import textwrap
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, Literal
@@ -43,9 +44,15 @@ MEANINGS: Mapping[str, str] = {
 }
 
 
+KINDS: Mapping[str, str] = {
+    "task": "NAME", "task_option": "KEY=VALUE", "model": "NAME", "model_of": "NAME", "site": "NAME", "dtype": "NAME",
+    "out": "FOLDER",
+}  # fmt: skip
+
+
 def say(name: str) -> Any:
-    """The help text that every command gives an option of this name."""
-    return tyro.conf.arg(help=MEANINGS[name])
+    """The help text, and the word for its value, that every command gives an option of this name."""
+    return tyro.conf.arg(help=MEANINGS.get(name, name.replace("_", " ")), metavar=KINDS.get(name))
 
 
 def parse(call: Callable[..., Any], words: Sequence[str], prog: str) -> Any:
@@ -93,12 +100,21 @@ def option_names(call: Callable[..., Any]) -> list[str]:
 
 
 def one_line(drawn: str) -> str:
-    """The message inside tyro's box, without its title and without the pointer to the help page."""
-    rows = [row.strip("│ ") for row in drawn.splitlines() if row.startswith("│")]
-    rule = next((i for i, row in enumerate(rows) if row.startswith("──")), len(rows))
-    if rows and rows[0].startswith("Missing from"):
-        rule = 2  # the first of the missing options, without its help text
-    return " ".join(" ".join(rows[:rule]).split()).rstrip(".") or "these arguments do not fit"
+    """The message inside tyro's box, without its title and without the pointer to the help page.
+
+    Where the output cannot show box characters tyro draws with dashes alone.
+    """
+    rows = [row.strip("│ ") for row in drawn.splitlines()[1:]]
+    parts: list[list[str]] = [[]]
+    for row in rows:
+        if row and set(row) <= set("─-╭╮╰╯"):
+            parts.append([])
+        elif row:
+            parts[-1].append(row)
+    said = next((part for part in parts if part), ["these arguments do not fit"])
+    if said[0].startswith("Missing from"):
+        said = said[:2]  # the first of the missing options, without its help text
+    return " ".join(" ".join(said).split()).rstrip(".")
 
 
 def task_options(pairs: Sequence[str]) -> dict[str, Any]:
@@ -155,9 +171,8 @@ def options_of(recipe: Callable[..., Any], name: str) -> type:
         if kind in known:
             default = known[kind].word(default)
             kind = Literal[tuple(known[kind].parts)]  # type: ignore[valid-type]
-        help_text = tyro.conf.arg(help=MEANINGS.get(parameter.name, parameter.name.replace("_", " ")))
         required = parameter.default is inspect.Parameter.empty
-        fields.append((parameter.name, Annotated[kind, help_text], *(() if required else (default,))))
+        fields.append((parameter.name, Annotated[kind, say(parameter.name)], *(() if required else (default,))))
     fields += [
         ("out", Annotated[str, say("out")], ""),
         ("plan", Annotated[bool, say("plan")], False),
@@ -170,3 +185,18 @@ def options_of(recipe: Callable[..., Any], name: str) -> type:
     made = dataclasses.make_dataclass(f"{name}_options", fields, frozen=True, namespace={"experiment": experiment})
     made.__doc__ = inspect.getdoc(recipe)
     return made
+
+
+def summary(thing: object) -> str:
+    """First paragraph of a docstring, in one line."""
+    return (inspect.getdoc(thing) or "").partition("\n\n")[0].replace("\n", " ")
+
+
+def two_columns(rows: Sequence[tuple[str, str]], width: int) -> str:
+    """Names and their meanings, the meanings wrapped beside the names; `width` in characters."""
+    column = max(len(name) for name, _ in rows) + 4
+    lines = []
+    for name, meaning in rows:
+        first, *rest = textwrap.wrap(meaning, max(40, width - column)) or [""]
+        lines += [f"  {name}".ljust(column) + first, *(" " * column + more for more in rest)]
+    return "\n".join(line.rstrip() for line in lines)

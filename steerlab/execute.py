@@ -95,12 +95,18 @@ def execute(
 def resume(folder: str | Path, *, model: LanguageModel | None = None, reporter: Reporter | None = None) -> Run:
     """Go on with the run in `folder` in its own dtype and threads. A finished run is returned as it is."""
     run = Run.open(folder)
+    experiment = training_of(run)
     if run.manifest["status"] == "done":
         return run
     torch.set_num_threads(run.manifest["threads"])
-    experiment = training_of(run)
-    model = model or load(experiment.model, dtype=run.manifest["dtype"])
+    model = model or load(experiment.model, dtype=dtype_of(run))
     return execute(experiment, folder, model=model, reporter=reporter)
+
+
+def dtype_of(run: Run) -> torch.dtype:
+    """The dtype that the run's model was in, as its manifest names it."""
+    known = {str(dtype).removeprefix("torch."): dtype for dtype in (torch.float32, torch.bfloat16, torch.float64)}
+    return known[run.manifest["dtype"]]
 
 
 def training_of(run: Run) -> Experiment:

@@ -16,6 +16,7 @@ with its config.json (and tokenizer files). Left out: reading weights, judging, 
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,11 +190,12 @@ def measured_flops_per_s(shape: Shape, rows: int) -> float:
     left = torch.ones(max(1, rows), shape.d_model, dtype=shape.dtype, device=device)
     right = torch.ones(shape.d_model, shape.d_mlp, dtype=shape.dtype, device=device)
     _ = float((left @ right)[0, 0])
-    times, begin = 0, time.perf_counter()
-    while (spent := time.perf_counter() - begin) < MEASURE_S:
+    spent: list[float] = []
+    while sum(spent) < MEASURE_S:
+        begin = time.perf_counter()
         _ = float((left @ right)[0, 0])
-        times += 1
-    return times * 2.0 * left.shape[0] * shape.d_model * shape.d_mlp / spent
+        spent.append(time.perf_counter() - begin)
+    return 2.0 * left.shape[0] * shape.d_model * shape.d_mlp / statistics.median(spent)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from steerlab.adapters import SteeringVectors, formats
 from steerlab.adapters.formats import own
 from steerlab.errors import UsageError
-from steerlab.execute import Reporter, answer
+from steerlab.execute import Reporter, answer, dtype_of
 from steerlab.models import LanguageModel, load
 from steerlab.rollouts import Evaluation
 from steerlab.runs import Run
@@ -55,9 +55,7 @@ def subject(target: str, model: str = "", dtype: str = "auto", allow_other_weigh
         name = model
     else:
         name = model or own.provenance(vectors_path).model
-    if run is not None and dtype == "auto":
-        dtype = {"float32": "fp32", "bfloat16": "bf16", "float64": "fp64"}.get(str(run.manifest.get("dtype")), "auto")
-    handle = _load(name, dtype)
+    handle = load(name, dtype=dtype_of(run)) if run is not None and dtype == "auto" else _load(name, dtype)
     return Subject(handle, formats.load(vectors_path, handle, allow_other_weights), run)
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -151,7 +152,7 @@ def test_unknown_names_offer_the_nearest(sl: Sl, recipe: Words, tmp_path: Path) 
         (["--advantage", "none"], "group_mean"),
         (["--task-option", "train"], "KEY=VALUE"),
         (["--task-option", "train=2000"], "given twice"),
-        (["--task-option", "shots=29"], "30 train problems"),
+        (["--task-option", "shots=30"], "31 train problems"),
         (["surplus"], "surplus"),
     ],
 )
@@ -204,7 +205,7 @@ def test_a_disk_that_fills_up_on_the_way_can_be_resumed(
         monkeypatch.setattr(RolloutSource, "next", filling)
         refused(sl(*recipe, "--out", tmp_path / "run"), "disk is full")
     monkeypatch.undo()
-    assert not [path for path in (tmp_path / "run").rglob(".*")]
+    assert not list((tmp_path / "run").rglob(".*"))
     assert sl("resume", tmp_path / "run").code == 0
     assert list(Run.open(tmp_path / "run").metrics()["step"]) == [0, 1, 2]
 
@@ -287,7 +288,8 @@ def test_the_lens_shows_every_layer_and_writes_only_when_asked(sl: Sl, quick: Pa
     said = sl("lens", quick, "--k", "3")
     assert said.code == 0
     assert sorted(quick.rglob("*")) == before
-    assert all(any(f"│ {layer} " in row.replace("   ", " ") for row in said.out.splitlines()) for layer in range(4))
+    first_cells = [cells[1].strip() for row in said.out.splitlines() if len(cells := re.split("[│|]", row)) > 2]
+    assert {"0", "1", "2", "3"} <= set(first_cells)
     refused(sl("lens", quick, "--out", tmp_path / "lens.txt"), ".csv")
     assert sl("lens", quick, "--out", tmp_path / "lens.csv").code == 0
     assert (tmp_path / "lens.csv").read_text().startswith("site,layer,readout,end,rank")
@@ -407,7 +409,7 @@ def test_a_killed_run_ends_with_the_same_bytes(sl: Sl, recipe: Words, tmp_path: 
 
 
 def outcome(folder: Path) -> dict[str, object]:
-    """What must not depend on when a run was stopped: bytes of vectors and tables, tensors and step of the checkpoint."""
+    """What must not depend on when a run was stopped: bytes of vectors and tables, what the checkpoint holds."""
     run = Run.open(folder)
     checkpoint = run.load_checkpoint()
     assert checkpoint is not None

@@ -68,7 +68,8 @@ class Scope:
         """True where the last `n_new` tokens of `layout` receive the vector. Raises UsageError if it has fewer."""
         if n_new > layout.tokens.shape[1]:
             raise UsageError(
-                f"{n_new} tokens were fed but the layout describes {layout.tokens.shape[1]}; attach with a layout of all of them"
+                f"{n_new} tokens were fed but the layout describes {layout.tokens.shape[1]}; "
+                "attach with a layout of all of them"
             )
         slots = torch.arange(layout.tokens.shape[1], device=layout.tokens.device)
         match self.kind:

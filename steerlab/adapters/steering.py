@@ -71,7 +71,9 @@ class SteeringVectors:
         if not vectors:
             raise UsageError("a set of steering vectors needs at least one site; the selection was empty")
         self.vectors: dict[Site, nn.Parameter] = {
-            site: nn.Parameter(vectors[site].detach().clone().to(torch.promote_types(vectors[site].dtype, torch.float32)))
+            site: nn.Parameter(
+                vectors[site].detach().clone().to(torch.promote_types(vectors[site].dtype, torch.float32))
+            )
             for site in sorted(vectors)
         }
         self.scope = scope
@@ -174,7 +176,9 @@ class SteeringVectors:
 
     def _same_scope(self, other: SteeringVectors) -> None:
         if self.scope != other.scope:
-            raise UsageError(f"token scopes differ ({self.scope.kind} and {other.scope.kind}); attach both sets instead")
+            raise UsageError(
+                f"token scopes differ ({self.scope.kind} and {other.scope.kind}); attach both sets instead"
+            )
 
 
 class Placement:

@@ -23,6 +23,7 @@ class GrowingCache(Cache):
     def take_rows(self, rows: Int[Tensor, " row"]) -> None:
         """Row i becomes what row `rows[i]` was; gradients of shared rows add up."""
         for layer in self.layers:
+            assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
             layer.keys, layer.values = layer.keys[rows], layer.values[rows]
 
 
@@ -41,18 +42,19 @@ class ReservedLayer(DynamicLayer):
         self.value_buffer = value_states.new_empty(batch, heads, self.capacity, value_states.shape[-1])
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_args: object, **_kwargs: object) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *_args: object, **_kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         start, self.filled = self.filled, self.filled + key_states.shape[-2]
         self.key_buffer[:, :, start : self.filled] = key_states
         self.value_buffer[:, :, start : self.filled] = value_states
-        self._expose()
-        return self.keys, self.values
+        return self._expose()
 
     def take_rows(self, rows: Int[Tensor, " row"]) -> None:
         """Row i becomes what row `rows[i]` was; only filled positions are copied."""
-        old_keys, old_values = self.keys, self.values
+        old_keys, old_values = self._expose()
         _, heads, _, d_key = old_keys.shape
         self.key_buffer = old_keys.new_empty(len(rows), heads, self.capacity, d_key)
         self.value_buffer = old_values.new_empty(len(rows), heads, self.capacity, old_values.shape[-1])
@@ -66,9 +68,9 @@ class ReservedLayer(DynamicLayer):
     def get_max_length(self) -> int:
         return self.capacity
 
-    def _expose(self) -> None:
-        self.keys = self.key_buffer[:, :, : self.filled]
-        self.values = self.value_buffer[:, :, : self.filled]
+    def _expose(self) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = self.key_buffer[:, :, : self.filled], self.value_buffer[:, :, : self.filled]
+        return self.keys, self.values
 
 
 class ReservedCache(Cache):
@@ -80,4 +82,5 @@ class ReservedCache(Cache):
     def take_rows(self, rows: Int[Tensor, " row"]) -> None:
         """Row i becomes what row `rows[i]` was: one prompt for many rows, or only the rows still running."""
         for layer in self.layers:
+            assert isinstance(layer, ReservedLayer)
             layer.take_rows(rows)

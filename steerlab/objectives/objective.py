@@ -29,7 +29,7 @@ class Learner(Protocol):
 
 @dataclass(frozen=True)
 class Loss:
-    """value: what is differentiated. metrics: of this micro-batch; the trainer reports the largest over micro-batches."""
+    """value: what is differentiated. metrics: of this micro-batch; the trainer reports the largest of a step."""
 
     value: Float[Tensor, ""]
     metrics: dict[str, float] = field(default_factory=dict)

@@ -103,6 +103,18 @@ def stop_tokens(model: LanguageModel, sampling: Sampling) -> Int[Tensor, " stop"
     return torch.tensor(sorted(ids), dtype=torch.long)
 
 
+def check_fit(model: LanguageModel, prompts: Prompts, sampling: Sampling) -> None:
+    """Raise UsageError unless every prompt has tokens and fits the model's context with its completion."""
+    if not all(map(len, prompts)):
+        raise UsageError("a prompt is empty (no tokens); give every problem a question")
+    longest = max(len(p) for p in prompts)
+    if longest + sampling.max_new_tokens > model.context:
+        raise UsageError(
+            f"prompt of {longest} tokens + {sampling.max_new_tokens} new ones exceed the context of {model.name} "
+            f"({model.context}); shorten the prompt or lower max_new_tokens"
+        )
+
+
 @torch.no_grad()
 def sample(
     model: LanguageModel,
@@ -120,18 +132,13 @@ def sample(
     Raises UsageError when a prompt is empty or does not fit the model's context with its completion, RunFailed when
     the model's probabilities are not finite.
     """
-    if not all(map(len, prompts)):
-        raise UsageError("a prompt is empty (no tokens); give every problem a question")
+    check_fit(model, prompts, sampling)
     if max_rows < 1:
         raise UsageError(f"max_rows is {max_rows}; it must be at least 1")
-    longest = max(len(p) for p in prompts)
-    if longest + sampling.max_new_tokens > model.context:
-        raise UsageError(
-            f"prompt of {longest} tokens + {sampling.max_new_tokens} new ones exceed the context of {model.name} "
-            f"({model.context}); shorten the prompt or lower max_new_tokens"
-        )
     stops = stop_tokens(model, sampling).to(model.device)
-    parts = [_Decoding(model, attached, prompts, part, sampling, stops, seed, step).run() for part in rows.chunks(max_rows)]
+    parts = [
+        _Decoding(model, attached, prompts, part, sampling, stops, seed, step).run() for part in rows.chunks(max_rows)
+    ]
     joined = Completions.join(parts)
     if not bool(torch.isfinite(joined.logprobs).all()):
         raise RunFailed(

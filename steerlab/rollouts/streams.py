@@ -28,7 +28,7 @@ def _as_words(values: Sequence[int] | np.ndarray | int) -> np.ndarray:
 def uniforms(
     seed: int, step: int, problems: Sequence[int] | np.ndarray, samples: Sequence[int] | np.ndarray, n_positions: int
 ) -> Float64[np.ndarray, "row pos"]:
-    """One uniform number per row and position. `problems[i]`, `samples[i]` name row i; `step` separates training steps."""
+    """One uniform number per row and position. `problems[i]`, `samples[i]` name row i; `step` separates steps."""
     with np.errstate(over="ignore"):
         key = _mix(_as_words(seed) + _GOLDEN)
         for word in (_as_words(step), _as_words(problems), _as_words(samples)):

@@ -15,6 +15,7 @@ import torch
 from steerlab.batches import RolloutBatch
 from steerlab.errors import UsageError
 from steerlab.rollouts import Policy, Rows, Sampling
+from steerlab.rollouts.sampler import check_fit
 from steerlab.runs import CostLedger
 from steerlab.tasks import Problem, Task, encode
 
@@ -51,7 +52,9 @@ class Rollouts:
             if value < 1:
                 raise UsageError(f"{name} is {value}; training needs at least 1")
         if self.sampling.temperature == 0:
-            raise UsageError("temperature is 0 (greedy): all samples of a prompt are the same; train at a temperature above 0")
+            raise UsageError(
+                "temperature is 0 (greedy): all samples of a prompt are the same; train at a temperature above 0"
+            )
 
     def open(self, policy: Policy, seed: int, ledger: CostLedger) -> RolloutSource:
         """The source of one run. Raises UsageError if the task has no training problems or a prompt does not fit."""
@@ -68,6 +71,7 @@ class RolloutSource:
             raise UsageError(f"task {spec.task.name} has no training problems; give it a larger train size")
         self.n_names = 1 + max(p.id for p in self.problems)
         self.encoded = [tuple(encode(spec.task.prompt(p), policy.model.tokenizer)) for p in self.problems]
+        check_fit(policy.model, self.encoded, spec.sampling)
 
     def chosen(self, step: int) -> list[int]:
         """Indices of the problems of a step: consecutive pieces of epochs, each epoch shuffled anew."""
@@ -81,7 +85,9 @@ class RolloutSource:
         chosen = self.chosen(step)
         problems, prompts = [self.problems[i] for i in chosen], tuple(self.encoded[i] for i in chosen)
         # A problem that comes twice in one step (few problems) must not get the same completions twice.
-        names = [p.id + self.n_names * chosen[:i].count(c) for i, (p, c) in enumerate(zip(problems, chosen, strict=True))]
+        names = [
+            p.id + self.n_names * chosen[:i].count(c) for i, (p, c) in enumerate(zip(problems, chosen, strict=True))
+        ]
         rows = Rows.grid(names, self.spec.samples)
         with self.ledger.time("rollout_s"):
             done = self.policy.sample(

@@ -77,7 +77,7 @@ class Trainer:
         return self.policy.adapter
 
     def update(self, step: int, batch: RolloutBatch) -> dict[str, float]:
-        """Gradients over micro-batches, then one optimiser step. A batch without a signal is a step of zero gradient."""
+        """Gradients over micro-batches, then one optimiser step. A batch without a signal has zero gradient."""
         value, metrics = 0.0, {}
         for parameter in self.adapter.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -95,7 +95,9 @@ class Trainer:
         bad = [name for name, p in self.named() if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
         if math.isfinite(value) and not bad:
             return
-        place = f"gradient at {', '.join(bad[:3])}{', …' if len(bad) > 3 else ''}" if bad else "every gradient is finite"
+        place = (
+            f"gradient at {', '.join(bad[:3])}{', …' if len(bad) > 3 else ''}" if bad else "every gradient is finite"
+        )
         kept = f"the checkpoint of step {step} stays" if step else "there is no checkpoint yet"
         raise RunFailed(
             f"loss {value} at step {step} ({place}); {kept}; lower the learning rate "

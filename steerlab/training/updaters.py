@@ -6,6 +6,7 @@ then constant, gradient norm clipped at 2. The optimiser itself is torch's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -27,10 +28,12 @@ class AdamW:
     clip: float = 2.0
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
+        if not 0 < self.lr < math.inf:
             raise UsageError(f"learning rate is {self.lr}; it must be positive")
         if not 0 <= self.warmup < 1:
             raise UsageError(f"warmup is {self.warmup}; it is a share of the steps, 0 or more and below 1")
+        if not self.clip > 0:
+            raise UsageError(f"clip is {self.clip}; the largest gradient norm must be positive (infinity for no limit)")
 
     def open(self, parameters: Iterable[nn.Parameter], total_steps: int) -> Updater:
         """The updater of one run."""
@@ -52,7 +55,7 @@ class Updater:
         )
 
     def update(self, step: int) -> dict[str, float]:
-        """One step from the accumulated gradients, which are then cleared. Reports the rate and the norm before clipping."""
+        """One step from the accumulated gradients, which are then cleared. Reports rate and norm before clipping."""
         norm = nn.utils.clip_grad_norm_(self.parameters, self.spec.clip)
         rate = self.spec.rate(step, self.total_steps)
         for group in self.optimiser.param_groups:

@@ -1,4 +1,4 @@
-"""Steering vectors: identities with the untouched model, with a bias and with separate runs; algebra; what is refused."""
+"""Steering vectors: identities with the untouched model, a bias and separate runs; algebra; what is refused."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from steerlab.adapters import RowBank, Scope, Steering, SteeringVectors
 from steerlab.errors import UsageError
 from steerlab.models import LanguageModel, Site, tiny
 
+EVERYWHERE = Scope.all()
 TOKENS = torch.randint(5, 261, (3, 11), generator=torch.Generator().manual_seed(7))
 
 
@@ -25,7 +26,7 @@ def drawn(
     seed: int,
     layers: tuple[int, ...] | None = None,
     site: str = "resid_post",
-    scope: Scope = Scope(),
+    scope: Scope = EVERYWHERE,
 ) -> SteeringVectors:
     """A set with random fp64 vectors of about the residual stream's size."""
     generator = torch.Generator().manual_seed(seed)
@@ -109,7 +110,9 @@ def test_bf16_model_keeps_an_fp32_master_and_sums_its_gradient_in_fp32() -> None
     (vector,) = vectors.parameters()
     assert vector.grad is not None and vector.grad.dtype == torch.float32
     expected = seen[0].double().sum((0, 1))
-    assert torch.allclose(vector.grad.double(), expected, rtol=1e-4, atol=1e-4 * float(seen[0].double().abs().sum(1).max()) / 200)
+    assert torch.allclose(
+        vector.grad.double(), expected, rtol=1e-4, atol=1e-4 * float(seen[0].double().abs().sum(1).max()) / 200
+    )
 
 
 def test_attach_leaves_nothing_behind() -> None:
@@ -147,7 +150,8 @@ def test_algebra() -> None:
     before = a.snapshot()
     assert same(a + b, b + a)
     assert same(a - a, 0.0 * a)
-    assert same(-(-a), a)
+    negative = -a
+    assert same(-negative, a)
     assert same(2.0 * a, a * 2.0) and same(a * 2.0, a + a)
     assert same(a - b, a + (-b))
     assert all(abs(norm - 1) < 1e-12 for norm in a.normalise().norms().values())

@@ -17,13 +17,14 @@ from steerlab.models import LanguageModel, Site, tiny
 from steerlab.objectives import GroupMean, GroupNormalised, Loss, Objective, PolicyGradient, policy_gradient_loss
 from steerlab.rollouts import Policy, Rows, Sampling
 
+EVERYWHERE = Scope.all()
 PROMPTS = [[40, 41, 42, 43, 44, 45, 46], [50], [60, 61, 62, 63]]
 REWARDS = [1.0, -1.0, 1.0, -1.0, -1.0, -1.0, -1.0, -1.0, -1.0, 1.0, 1.0, 1.0]  # the second group has no signal
 # Transformers' RMS norms round to fp32 on the way back, also in fp64 models; GPT-2's layer norm does not.
 FAMILIES = [("gpt2", 1e-9), ("gpt_neox", 1e-9), ("llama", 1e-6), ("gemma3", 1e-6), ("olmo2", 1e-6)]
 
 
-def drawn(model: LanguageModel, scope: Scope = Scope(), dtype: torch.dtype = torch.float64) -> SteeringVectors:
+def drawn(model: LanguageModel, scope: Scope = EVERYWHERE, dtype: torch.dtype = torch.float64) -> SteeringVectors:
     generator = torch.Generator().manual_seed(0)
     sites = [Site("resid_post", layer) for layer in range(model.n_layers)]
     return SteeringVectors({s: 0.3 * torch.randn(32, generator=generator, dtype=dtype) for s in sites}, scope)
@@ -211,11 +212,15 @@ def test_gradient_of_trls_dapo_loss(tmp_path: Path) -> None:
     )
     script = Path(__file__).with_name("trl_dapo_gradient.py")
     paths = [str(tmp_path / name) for name in ("model", "inputs.safetensors", "outputs.safetensors")]
-    ran = subprocess.run([sys.executable, str(script), *paths], capture_output=True, text=True, timeout=300, check=False)
+    ran = subprocess.run(
+        [sys.executable, str(script), *paths], capture_output=True, text=True, timeout=300, check=False
+    )
     assert ran.returncode == 0, ran.stderr[-3000:]
     theirs = load_file(tmp_path / "outputs.safetensors")
     expected = torch.stack([theirs[f"gradients.{site}"] for site in vectors.vectors])
     # TRL's value is of the ratio, which is 1 on policy, ours of the log-probability; their gradients are the same.
-    assert float(theirs["loss"]) == pytest.approx(-float(advantages @ batch.lengths.double()) / batch.n_tokens, abs=1e-6)
+    assert float(theirs["loss"]) == pytest.approx(
+        -float(advantages @ batch.lengths.double()) / batch.n_tokens, abs=1e-6
+    )
     assert expected.abs().max() > 1e-3
     assert (ours - expected).abs().max() < 1e-6

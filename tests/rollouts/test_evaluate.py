@@ -16,6 +16,8 @@ from steerlab.models import LanguageModel, Site
 from steerlab.rollouts import Condition, Evaluation, Policy, Sampling, evaluate
 from steerlab.tasks import Judgement, Message, Problem, Prompt
 
+EVERYWHERE = Scope.all()
+
 
 @dataclass(frozen=True)
 class Letters:
@@ -46,7 +48,7 @@ TASK = Letters()
 SAMPLING = Sampling(max_new_tokens=6)
 
 
-def drawn(model: LanguageModel, seed: int, scope: Scope = Scope()) -> SteeringVectors:
+def drawn(model: LanguageModel, seed: int, scope: Scope = EVERYWHERE) -> SteeringVectors:
     generator = torch.Generator().manual_seed(seed)
     sites = [Site("resid_post", layer) for layer in range(model.n_layers)]
     return SteeringVectors({s: 0.3 * torch.randn(32, generator=generator, dtype=torch.float64) for s in sites}, scope)

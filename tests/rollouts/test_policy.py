@@ -13,6 +13,7 @@ from steerlab.models import LanguageModel, Site, tiny
 from steerlab.rollouts import Completions, Policy, Rows, Sampling
 
 # The longest is longer than the tiny models' sliding window of 24.
+EVERYWHERE = Scope.all()
 PROMPTS = [list(range(40, 70)), [50], [60, 61, 62, 63]]
 SAMPLING = Sampling(temperature=0.8, max_new_tokens=10, stop=tuple("abcdefghijklmnopqrstuvwxyzABCDEF"))
 
@@ -22,7 +23,7 @@ def tiny_model(family: str, dtype: torch.dtype) -> LanguageModel:
     return tiny.model(family, dtype=dtype)
 
 
-def drawn(model: LanguageModel, scope: Scope = Scope(), seed: int = 0) -> SteeringVectors:
+def drawn(model: LanguageModel, scope: Scope = EVERYWHERE, seed: int = 0) -> SteeringVectors:
     generator = torch.Generator().manual_seed(seed)
     sites = [Site("resid_post", layer) for layer in range(model.n_layers)]
     return SteeringVectors(
@@ -103,7 +104,14 @@ def test_teacher_forced_is_one_plain_pass(family: str) -> None:
 
 @pytest.mark.parametrize(
     "scope",
-    [Scope.prompt(), Scope.generated(), Scope.positions(2, 33), Scope.predicting(0, 1), Scope.predicting(3), Scope.after(61)],
+    [
+        Scope.prompt(),
+        Scope.generated(),
+        Scope.positions(2, 33),
+        Scope.predicting(0, 1),
+        Scope.predicting(3),
+        Scope.after(61),
+    ],
     ids=lambda s: f"{s.kind}-{s.start}-{s.stop}",
 )
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
@@ -153,5 +161,7 @@ def test_reference() -> None:
     assert not to_base.requires_grad and not to_other.requires_grad
     assert torch.equal(to_base, Policy(model).logprobs(batch))
     assert torch.equal(to_other, Policy(model, other).logprobs(batch).detach())
-    assert torch.equal(Policy(model, mine, mine).reference_logprobs(batch), Policy(model, mine).logprobs(batch).detach())
+    assert torch.equal(
+        Policy(model, mine, mine).reference_logprobs(batch), Policy(model, mine).logprobs(batch).detach()
+    )
     assert (to_base - to_other).abs().max() > 1e-2

@@ -8,7 +8,6 @@ from scipy import stats
 
 from steerlab.rollouts.streams import uniforms
 
-
 KNOWN = [0.27854321463391285, 0.8934636050168892, 0.025014062361255474]
 
 

@@ -66,7 +66,9 @@ def test_epochs_cover_every_problem_once(tiny_llama: LanguageModel) -> None:
 @pytest.mark.parametrize("ids", [(0, 1), (0, 2), (5, 5 + 2), (0, 2, 4, 6)])
 def test_problems_that_come_twice_get_streams_of_their_own(tiny_llama: LanguageModel, ids: tuple[int, ...]) -> None:
     policy = Spy(tiny_llama)
-    Rollouts(Letters(ids), prompts=9, samples=2, sampling=Sampling(max_new_tokens=1)).open(policy, 0, CostLedger()).next(0)
+    Rollouts(Letters(ids), prompts=9, samples=2, sampling=Sampling(max_new_tokens=1)).open(
+        policy, 0, CostLedger()
+    ).next(0)
     streams = Counter(zip(policy.rows.problem.tolist(), policy.rows.sample.tolist(), strict=True))
     assert len(streams) == 18
 

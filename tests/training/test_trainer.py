@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,15 +20,15 @@ from steerlab.runs import Run
 from steerlab.tasks import Judgement, Message, Problem, Prompt
 from steerlab.training import AdamW, Experiment, Rollouts, StepDone, Trainer
 
-WANTED = frozenset("abcdefgh")
+COINS = random.Random(0)
 TIMES = ["wall_s", "tokens_per_s"]
 
 
 @dataclass(frozen=True)
 class Letters:
-    """Right when the completion begins with one of eight letters; the base model does that about once in thirty.
+    """Right when the completion begins with an ASCII letter, which the base model seldom does.
 
-    With `noise` the reward is a coin that the text alone decides but that says nothing about being right.
+    With `noise` the reward is a coin that knows nothing of the text.
     """
 
     name: str = "letters"
@@ -42,12 +42,9 @@ class Letters:
         return Prompt((Message("user", problem.question),), "chat")
 
     def judge(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Judgement]:
-        return [self.one(p, t) for p, t in zip(problems, texts, strict=True)]
-
-    def one(self, problem: Problem, text: str) -> Judgement:
-        right = text[:1] in WANTED and bool(text) and not self.hopeless
-        coin = hashlib.sha256(f"{problem.id} {text}".encode()).digest()[0] % 2 == 0
-        return Judgement(float(coin if self.noise else right), right, text[:1] or None)
+        right = [t[:1].isascii() and t[:1].isalpha() and not self.hopeless for t in texts]
+        paid = COINS.choices((0, 1), k=len(texts)) if self.noise else right
+        return [Judgement(float(p), r, t[:1] or None) for p, r, t in zip(paid, right, texts, strict=True)]
 
     def validate(self) -> list[tuple[Problem, Judgement]]:
         return []
@@ -56,7 +53,9 @@ class Letters:
         return self
 
 
-def experiment(steps: int, task: Letters = Letters(), layers: tuple[int, ...] | None = None, lr: float = 0.05) -> Experiment:
+def experiment(
+    steps: int, task: Letters = Letters(), layers: tuple[int, ...] | None = None, lr: float = 0.05
+) -> Experiment:
     return Experiment(
         recipe="rloo",
         model="tiny",
@@ -81,7 +80,7 @@ def outcome(folder: Path) -> tuple[object, ...]:
     step, tensors, state = Run.open(folder).load_checkpoint()
     bytes_ = {name: (t.dtype, t.numpy().tobytes()) for name, t in tensors.items()}
     cost = {name: amount for name, amount in state["cost"].items() if not name.endswith("_s")}
-    metrics = Run.open(folder).metrics().drop(columns=TIMES)
+    metrics = Run.open(folder).metrics().drop(columns=TIMES).fillna(-1.0)  # NaN is not equal to itself
     return step, bytes_, state["reward_ema"], cost, metrics.to_dict("records")
 
 
@@ -96,9 +95,13 @@ def test_learns(tiny_llama: LanguageModel, tmp_path: Path, layers: tuple[int, ..
 
 
 def test_does_not_learn_from_noise(tiny_llama: LanguageModel, tmp_path: Path) -> None:
-    heard: list[StepDone] = []
-    trainer(tiny_llama, experiment(60, Letters(noise=True)), tmp_path / "run", heard.append).fit()
-    assert sum(e.metrics["correct"] for e in heard[-5:]) / 5 < 0.5
+    """The same steps and rate that take the rewarded model above 0.9."""
+    found = {}
+    for name, task in (("noise", Letters(noise=True)), ("letters", Letters())):
+        heard: list[StepDone] = []
+        trainer(tiny_llama, experiment(30, task, lr=0.02), tmp_path / name, heard.append).fit()
+        found[name] = sum(e.metrics["correct"] for e in heard[-5:]) / 5
+    assert found["noise"] < 0.5 and found["letters"] >= 0.9, found
 
 
 class Killed(Exception):

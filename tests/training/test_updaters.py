@@ -82,7 +82,15 @@ def test_state_round_trip() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"lr": 0.0}, {"lr": -1.0}, {"lr": float("nan")}, {"lr": float("inf")}, {"warmup": 1.0}, {"warmup": -0.1}, {"clip": 0.0}],
+    [
+        {"lr": 0.0},
+        {"lr": -1.0},
+        {"lr": float("nan")},
+        {"lr": float("inf")},
+        {"warmup": 1.0},
+        {"warmup": -0.1},
+        {"clip": 0.0},
+    ],
 )
 def test_bad_settings_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(UsageError):
