@@ -23,7 +23,7 @@ def unknown(kind: str, name: str, options: Iterable[str]) -> UsageError:
 
     `unknown("recipe", "rlo", RECIPES)` → "unknown recipe 'rlo'; did you mean rloo? (all: rloo, …)"
     """
-    known = sorted(options)
+    known = sorted(set(options))
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     hint = f"did you mean {', '.join(near)}?" if near else "none of the known names is near"
     shown = ", ".join(known[:12]) + (", …" if len(known) > 12 else "")

@@ -1,8 +1,8 @@
 """How far a completion depends on the batch it was sampled in, and log-probs on how they were computed, per dtype.
 
-Claim (DESIGN §8): with each row drawing from its own stream, fp64 gives the same tokens whatever the batch split; in fp32
-and bf16 a few tokens differ, because matrix products of other shapes round otherwise. Reported: the share of completions
-and of tokens that differ from the split of all rows at once (tokens after a first difference count as different), and
+Claim: with each row drawing from its own stream, fp64 gives the same tokens whatever the batch split; in fp32 and bf16
+a few tokens differ, because matrix products of other shapes round otherwise. Reported: the share of completions and
+of tokens that differ from the split of all rows at once (tokens after a first difference count as different), and
 teacher-forced minus recorded log-probabilities in nats.
 
     uv run python analyses/benchmarks/batch_invariance.py --out analyses/benchmarks/results
@@ -47,7 +47,8 @@ def main(options: Options) -> list[dict[str, object]]:
         prompts = tuple(tuple(encode(task.prompt(p), model.tokenizer)) for p in problems)
         rows, sampling, policy = Rows.grid([p.id for p in problems], 8), Sampling(max_new_tokens=tokens), Policy(model)
         whole = policy.sample(prompts, rows, sampling, seed=0)
-        gap = (policy.reference_logprobs(batch_of(prompts, rows, whole)) - whole.logprobs)[batch_of(prompts, rows, whole).mask]
+        batch = batch_of(prompts, rows, whole)
+        gap = (policy.reference_logprobs(batch) - whole.logprobs)[batch.mask]
         for split in options.splits:
             other = policy.sample(prompts, rows, sampling, seed=0, max_rows=split)
             differing = first_difference(whole, other)
@@ -55,13 +56,16 @@ def main(options: Options) -> list[dict[str, object]]:
                 {
                     "case": f"{dtype}, {split} rows at once",
                     "completions": sum(d is not None for d in differing) / len(rows),
-                    "tokens": sum(n - d for n, d in zip(whole.lengths.tolist(), differing, strict=True) if d is not None)
+                    "tokens": sum(
+                        n - d for n, d in zip(whole.lengths.tolist(), differing, strict=True) if d is not None
+                    )
                     / int(whole.lengths.sum()),
                     "logprob_gap_mean_nats": float(gap.abs().mean()),
                     "logprob_gap_max_nats": float(gap.abs().max()),
                 }
             )
-    print("| case | completions that differ | tokens that differ | log-prob gap, mean (nats) | max |\n|---|---|---|---|---|")
+    print("| case | completions that differ | tokens that differ | log-prob gap, mean (nats) | max |")
+    print("|---|---|---|---|---|")
     for row in found:
         print(
             f"| {row['case']} | {row['completions']:.1%} | {row['tokens']:.1%} | {row['logprob_gap_mean_nats']:.1e} | "

@@ -3,7 +3,7 @@
 Claim: the same step (model, prompts, lengths, dtype, trained numbers, optimiser) is at least 2.5 times faster here.
 Refuted if the median ratio is below that. Each side runs in a process of its own, so that its memory peak is its own,
 and only one works at a time. steerlab's side is its own sampler, policy, objective and updater; the only addition
-is the workload's: the end token is kept away (its logit is −inf, as on the other side) and every row stops at its length.
+is the workload's: the end token is kept away (its logit is −inf, as on the other side), every row stops at its length.
 
     uv run python analyses/benchmarks/rl_step.py --out analyses/benchmarks/results
 """
@@ -161,7 +161,9 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=["all"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rival-micro-batch", type=int, default=8, help="rows per backward pass of TRL; 8 is fastest here")
+    parser.add_argument(
+        "--rival-micro-batch", type=int, default=8, help="rows per backward pass of TRL; 8 is fastest here"
+    )
     parser.add_argument("--token-budget", type=int, default=2048)
     parser.add_argument("--serve", action="store_true", help="run steerlab's steps, one per line on standard input")
     parser.add_argument("--out", type=Path)
@@ -179,9 +181,8 @@ def main() -> None:
         for dtype in options.dtypes
         for case in options.cases
     ]
-    print(
-        "| dtype | case | ratio (range) | steerlab s | TRL s | rollout s | update s | peak MiB |\n|---|---|---|---|---|---|---|---|"
-    )
+    print("| dtype | case | ratio (range) | steerlab s | TRL s | rollout s | update s | peak MiB |")
+    print("|---|---|---|---|---|---|---|---|")
     for row in rows:
         low, high = row["spread"]
         pair = {name: " / ".join(f"{v:.2f}" for v in row[name]) for name in ("rollout_s", "update_s")}

@@ -64,7 +64,11 @@ def main(options: Options) -> pd.DataFrame:
         runs[f"{rung}-0"].table("scores").query("condition != 'steered'").assign(cell=rung) for rung in rungs(options)
     ]
     table = pd.concat([*base, compare.scores(cells)]).query("metric.str.startswith('avg@')")
-    print(table[["cell", "condition", "metric", "value", "low", "high", "n_seeds"]].to_string(index=False, float_format="%.3f"))
+    print(
+        table[["cell", "condition", "metric", "value", "low", "high", "n_seeds"]].to_string(
+            index=False, float_format="%.3f"
+        )
+    )
     return table
 
 

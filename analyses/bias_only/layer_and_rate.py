@@ -1,7 +1,7 @@
 """The study behind the defaults: which layers to train, and how fast.
 
-Question: on the quickstart's task, what do one layer and all layers reach at each learning rate, and when do groups stop
-giving a signal? The papers tune the rate per layer, rising with depth (2509.06608: 3e-3 at the first layer, 1e-1
+Question: on the quickstart's task, what do one layer and all layers reach at each learning rate, and when do groups
+stop giving a signal? The papers tune the rate per layer, rising with depth (2509.06608: 3e-3 at the first layer, 1e-1
 at the last of Qwen2.5-Math-7B). Refuted here if one rate is best at every layer.
 
     uv run python analyses/bias_only/layer_and_rate.py --out runs/layer_and_rate
@@ -50,9 +50,16 @@ def main(options: Options) -> pd.DataFrame:
         for lr in rates:
             for seed in seeds:
                 made = rloo(
-                    make("chain_sum"), options.model, layers=None if layer == "all" else (int(layer),), lr=lr, seed=seed, **size
+                    make("chain_sum"),
+                    options.model,
+                    layers=None if layer == "all" else (int(layer),),
+                    lr=lr,
+                    seed=seed,
+                    **size,
                 )
-                shorter = replace(made.evaluation, base=False, greedy=False, shots=0, samples=4, limit=4 if tiny else None)
+                shorter = replace(
+                    made.evaluation, base=False, greedy=False, shots=0, samples=4, limit=4 if tiny else None
+                )
                 experiments[f"layer_{layer}-lr_{lr:g}-{seed}"] = replace(made, evaluation=shorter)
     mine, of = options.share
     chosen = dict(list(experiments.items())[mine::of])

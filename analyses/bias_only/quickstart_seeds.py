@@ -22,7 +22,11 @@ from steerlab.progress import Progress
 from steerlab.recipes import rloo
 from steerlab.tasks import make
 
-CONTROLS = {"random_reward": "random_reward", "format_bare": "format_only_reward", "format_found": "format_found_reward"}
+CONTROLS = {
+    "random_reward": "random_reward",
+    "format_bare": "format_only_reward",
+    "format_found": "format_found_reward",
+}
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,9 @@ def main(options: Options) -> pd.DataFrame:
     cells = {cell: [runs[n] for n in runs if n.startswith(f"{cell}-")] for cell in ("rloo", *CONTROLS)}
     per_seed = pd.concat([compare.scores({n: [runs[n]]}) for n in runs if n.startswith("rloo-")])
     table = pd.concat([runs["rloo-0"].table("scores").query("condition != 'steered'"), compare.scores(cells), per_seed])
-    shown = table[table["metric"].str.startswith("avg@")][["condition", "cell", "metric", "value", "low", "high", "n_seeds"]]
+    shown = table[table["metric"].str.startswith("avg@")][
+        ["condition", "cell", "metric", "value", "low", "high", "n_seeds"]
+    ]
     print(shown.to_string(index=False, float_format="%.3f"))
     return table
 

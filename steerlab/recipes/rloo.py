@@ -1,7 +1,7 @@
-"""RLOO on steering vectors: the training of both steering papers, at three scales.
+"""RLOO on steering vectors: the training of both steering papers (2505.18706, 2509.06608).
 
-`full` is the papers' own setting (core settings of 2505.18706 / 2509.06608): 128 prompts × 16 samples, 314 steps, lr 1e-3,
-±1 reward, on DeepScaleR. `small` is the embedded model on its task; `tiny` is for tests.
+The defaults are for the embedded model on two CPU cores; `analyses/bias_only/layer_and_rate.py` is the study behind
+them. The papers' own setting is 128 prompts × 16 samples, 314 steps, lr 1e-3 (7B models), rewards ±1 on DeepScaleR.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def rloo(
     layers: tuple[int, ...] | None = None,
     site: str = "resid_post",
     advantage: Advantage = LeaveOneOut(),
-    steps: int = 40,
+    steps: int = 60,
     prompts: int = 16,
     samples: int = 8,
     max_new_tokens: int = 24,

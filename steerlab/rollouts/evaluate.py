@@ -28,8 +28,8 @@ Done = Callable[[str, int], None]
 @dataclass(frozen=True)
 class Evaluation:
     """How a run is evaluated. samples: completions per problem at `sampling`. base, greedy: also the base model,
-    sampled and its most likely answers. shots: solved examples for the few-shot baseline (0 leaves it out). limit: first so
-    many problems, None for all. max_rows: completions decoded at once."""
+    sampled and its most likely answers. shots: solved examples for the few-shot baseline (0 leaves it out). limit:
+    first so many problems, None for all. max_rows: completions decoded at once."""
 
     split: Literal["train", "test"] = "test"
     samples: int = 8

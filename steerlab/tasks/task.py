@@ -220,7 +220,9 @@ class ProblemSet:
         try:
             return self.layout.solution.format_map(fields)
         except (KeyError, ValueError, IndexError) as error:
-            raise UsageError(f"solution {self.layout.solution!r} does not fit ({error}); it may use {', '.join(fields)}") from error
+            raise UsageError(
+                f"solution {self.layout.solution!r} does not fit ({error}); it may use {', '.join(fields)}"
+            ) from error
 
     def _asked(self, problem: Problem) -> str:
         return problem.question + self.layout.instruction

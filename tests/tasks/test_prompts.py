@@ -58,7 +58,7 @@ def test_few_shot_shows_train_problems_only_and_never_the_question_itself():
     assert task.few_shot(4, seed=3) == task and task.few_shot(4, seed=4).prompt(problem) != task.prompt(problem)
     with pytest.raises(UsageError, match="ask for fewer"):
         make("chain_sum", train=3).few_shot(3)
-    with pytest.raises(UsageError, match="may use .*expression"):
+    with pytest.raises(UsageError, match=r"may use .*expression"):
         make("chain_sum", solution="{result}").few_shot(1).prompt(problem)
 
 
