@@ -71,18 +71,29 @@ class RolloutBatch:
         )
 
     def micro_batches(self, token_budget: int) -> Iterator[RolloutBatch]:
-        """Whole groups, longest first, each micro-batch within `token_budget` padded tokens (one group at least)."""
-        members = [torch.nonzero(self.group == g).flatten() for g in range(len(self.prompts))]
-        longest = [int(self.lengths[rows].max()) if len(rows) else 0 for rows in members]
-        order = sorted((g for g in range(len(members)) if len(members[g])), key=lambda g: (-longest[g], g))
-        taken: list[int] = []
-        for g in order:
-            trial = [*taken, g]
-            rows = sum(len(members[i]) for i in trial)
-            prompt_tokens = len(trial) * max(len(self.prompts[i]) for i in trial)
-            if taken and rows * longest[trial[0]] + prompt_tokens > token_budget:
-                yield self.select(torch.cat([members[i] for i in taken]))
-                trial = [g]
+        """Pieces of groups, longest completions first, each micro-batch within `token_budget` padded tokens.
+
+        A group stays together as long as it fits, so that its prompt is computed once; one row is always let through.
+        """
+        pieces = [piece for g in range(len(self.prompts)) for piece in self._pieces(g, token_budget)]
+        pieces.sort(key=lambda rows: -int(self.lengths[rows[0]]))
+        taken: list[Tensor] = []
+        for piece in pieces:
+            trial = [*taken, piece]
+            prompts = len(trial) * max(len(self.prompts[int(self.group[rows[0]])]) for rows in trial)
+            if taken and sum(map(len, trial)) * int(self.lengths[trial[0][0]]) + prompts > token_budget:
+                yield self.select(torch.cat(taken))
+                trial = [piece]
             taken = trial
         if taken:
-            yield self.select(torch.cat([members[i] for i in taken]))
+            yield self.select(torch.cat(taken))
+
+    def _pieces(self, group: int, token_budget: int) -> Iterator[Int[Tensor, " row"]]:
+        """Rows of one group, longest first, in pieces that fit the budget together with the prompt."""
+        rows = torch.nonzero(self.group == group).flatten()
+        rows = rows[self.lengths[rows].sort(descending=True, stable=True).indices]
+        room = token_budget - len(self.prompts[group])
+        while len(rows):
+            n = max(1, room // int(self.lengths[rows[0]]))
+            yield rows[:n]
+            rows = rows[n:]

@@ -57,7 +57,8 @@ def main(options: Options) -> pd.DataFrame:
                 if control or seed:
                     evaluation = replace(evaluation, base=False, greedy=False, shots=0)
                 experiments[f"{rung}{'-' + control if control else ''}-{seed}"] = replace(made, evaluation=evaluation)
-    runs = compare.execute_all(experiments, options.out, model=model, reporter=Progress())
+    with Progress() as progress:
+        runs = compare.execute_all(experiments, options.out, model=model, reporter=progress)
     names = list(dict.fromkeys(name.rsplit("-", 1)[0] for name in runs))
     cells = {name: [runs[f"{name}-{seed}"] for seed in seeds] for name in names}
     base = [

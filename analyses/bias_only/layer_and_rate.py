@@ -63,7 +63,8 @@ def main(options: Options) -> pd.DataFrame:
                 experiments[f"layer_{layer}-lr_{lr:g}-{seed}"] = replace(made, evaluation=shorter)
     mine, of = options.share
     chosen = dict(list(experiments.items())[mine::of])
-    runs = compare.execute_all(chosen, options.out, model=model, reporter=Progress())
+    with Progress() as progress:
+        runs = compare.execute_all(chosen, options.out, model=model, reporter=progress)
     if of > 1:
         return pd.DataFrame()
     names = list(dict.fromkeys(name.rsplit("-", 1)[0] for name in runs))

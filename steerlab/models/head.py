@@ -32,21 +32,17 @@ class _TokenLogprobs(torch.autograd.Function):
         slopes = torch.empty_like(hidden) if needs_grad else None
         for start in range(0, len(targets), CHUNK_TOKENS):
             rows = slice(start, start + CHUNK_TOKENS)
-            logits = torch.nn.functional.linear(hidden[rows], weight, bias).to(exact)
+            logits = torch.nn.functional.linear(hidden[rows], weight, bias)
             if softcap is not None:
-                logits = torch.tanh(logits / softcap) * softcap
-            scaled = logits / temperature if temperature != 1.0 else logits
-            total = scaled.logsumexp(-1, keepdim=True)
-            target = targets[rows, None]
-            logprobs[rows] = (scaled.gather(-1, target) - total).squeeze(-1)
+                logits = torch.tanh(logits.to(exact) / softcap) * softcap
+            scaled = logits.to(exact) / temperature if temperature != 1.0 else logits
+            probs = torch.softmax(scaled, -1, dtype=exact)
+            # log Σ exp from the largest entry: one fused pass over the vocabulary, and no logarithm of a tiny number
+            total = scaled.amax(-1).to(exact) - probs.amax(-1).log()
+            target = targets[rows]
+            logprobs[rows] = scaled.gather(-1, target[:, None]).squeeze(-1).to(exact) - total
             if slopes is not None:
-                slope = (scaled - total).exp_().neg_()
-                slope.scatter_add_(-1, target, torch.ones_like(target, dtype=exact))
-                if temperature != 1.0:
-                    slope /= temperature
-                if softcap is not None:
-                    slope *= 1 - (logits / softcap) ** 2
-                slopes[rows] = slope.to(weight.dtype) @ weight
+                slopes[rows] = _slope(probs, target, weight, logits, softcap) / temperature
         if slopes is not None:
             ctx.save_for_backward(slopes)
         return logprobs
@@ -55,6 +51,18 @@ class _TokenLogprobs(torch.autograd.Function):
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (slopes,) = ctx.saved_tensors  # type: ignore[attr-defined]
         return (grads[0].to(slopes.dtype)[:, None] * slopes, None, None, None, None, None)
+
+
+def _slope(probs: Tensor, target: Tensor, weight: Tensor, logits: Tensor, softcap: float | None) -> Tensor:
+    """(e_y − softmax) W, through the soft cap where there is one. `probs` is overwritten.
+
+    e_y goes in before rounding to the weights' dtype: taken from W[y] afterwards, a confident token's slope would be
+    noise.
+    """
+    minus = probs.scatter_add_(-1, target[:, None], -torch.ones_like(probs[:, :1]))
+    if softcap is not None:
+        minus *= 1 - (logits / softcap) ** 2
+    return -(minus.to(weight.dtype) @ weight)
 
 
 def token_logprobs(

@@ -6,6 +6,8 @@ them. The papers' own setting is 128 prompts × 16 samples, 314 steps, lr 1e-3 (
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from steerlab.adapters import Steering
 from steerlab.objectives import Advantage, LeaveOneOut, PolicyGradient
 from steerlab.rollouts import Evaluation, Sampling
@@ -20,21 +22,25 @@ def rloo(
     layers: tuple[int, ...] | None = None,
     site: str = "resid_post",
     advantage: Advantage = LeaveOneOut(),
-    steps: int = 60,
+    steps: int = 50,
     prompts: int = 16,
     samples: int = 8,
     max_new_tokens: int = 24,
+    temperature: float = 1.2,
     lr: float = 1e-2,
     seed: int = 0,
     dtype: str = "auto",
 ) -> Experiment:
-    """REINFORCE with a leave-one-out baseline; one update per batch, no KL, no clipping."""
+    """REINFORCE with a leave-one-out baseline; one update per batch, no KL, no clipping.
+
+    `temperature` is that of the training rollouts; evaluation samples at 1.
+    """
     sampling = Sampling(max_new_tokens=max_new_tokens)
     return Experiment(
         recipe="rloo",
         model=model,
         adapter=Steering(layers, site),
-        source=Rollouts(task, prompts, samples, sampling),
+        source=Rollouts(task, prompts, samples, replace(sampling, temperature=temperature)),
         objective=PolicyGradient(advantage),
         updater=AdamW(lr=lr),
         evaluation=Evaluation(sampling=sampling),

@@ -16,6 +16,7 @@ from torch import Tensor
 from steerlab.adapters import Adapter, Attached, Layout
 from steerlab.batches import RolloutBatch
 from steerlab.models import LanguageModel
+from steerlab.models.attention import short_sequences
 from steerlab.models.head import token_logprobs
 from steerlab.models.kv_cache import GrowingCache
 from steerlab.rollouts.sampler import Completions, Prompts, Rows, left_padded, sample
@@ -50,22 +51,23 @@ class Policy:
 
 @contextmanager
 def in_use(adapter: Adapter | None, model: LanguageModel) -> Iterator[Attached | None]:
-    """Attach `adapter` if there is one."""
-    if adapter is None:
-        yield None
-    else:
-        with adapter.attach(model) as attached:
-            yield attached
+    """Attach `adapter` if there is one, and let attention be that of short sequences where it pays."""
+    with short_sequences(model):
+        if adapter is None:
+            yield None
+        else:
+            with adapter.attach(model) as attached:
+                yield attached
 
 
 def teacher_forced(model: LanguageModel, attached: Attached | None, batch: RolloutBatch) -> Float[Tensor, "row pos"]:
-    """Log-probabilities of a batch's completions under whatever is attached to `model`."""
+    """Log-probabilities of a batch's completions under whatever is attached to `model` (one set, not a row bank)."""
     device = model.device
     prompts, prompt_mask = (t.to(device) for t in left_padded(batch.prompts))
     group, targets, mask = batch.group.to(device), batch.completions.to(device), batch.mask.to(device)
     slots, kv = prompts.shape[1], GrowingCache()
     if attached is not None:
-        attached.place(torch.zeros(len(prompts), dtype=torch.long, device=device), Layout(prompts, prompt_mask, slots))
+        attached.place(None, Layout(prompts, prompt_mask, slots))
     hidden = model.hidden(
         prompts,
         mask=None if bool(prompt_mask.all()) else prompt_mask,
@@ -78,7 +80,7 @@ def teacher_forced(model: LanguageModel, attached: Attached | None, batch: Rollo
         tokens = torch.cat([prompts[group], targets[:, :-1]], 1)
         seen = torch.cat([prompt_mask[group], mask[:, :-1]], 1)
         if attached is not None:
-            attached.place(torch.zeros(len(group), dtype=torch.long, device=device), Layout(tokens, seen, slots))
+            attached.place(None, Layout(tokens, seen, slots))
         positions = prompt_mask.sum(1)[group][:, None] + torch.arange(targets.shape[1] - 1, device=device)
         states = torch.cat([states, model.hidden(targets[:, :-1], mask=seen, positions=positions, kv=kv)], 1)
     head = model.unembedding

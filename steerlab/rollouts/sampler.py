@@ -30,7 +30,7 @@ class Rows:
     """Which completions are wanted, one entry per row.
 
     prompt: index into the prompts. problem, sample: names of the row's random stream. member: set of a row bank.
-    limit: most tokens of each row, None for `Sampling.max_new_tokens` everywhere.
+    limit: most tokens of each row (1 or more), None for `Sampling.max_new_tokens` everywhere.
     """
 
     prompt: Int[Tensor, " row"]
@@ -205,8 +205,7 @@ class _Decoding:
     def run(self) -> Completions:
         hidden = self.prefill()
         for t in range(self.sampling.max_new_tokens):
-            logits = self.model.unembed(hidden).to(self.out_logprobs.dtype)
-            token, logprob = draw(logits, self.noise[self.alive, t], self.sampling)
+            token, logprob = draw(self.model.unembed(hidden), self.noise[self.alive, t], self.sampling)
             self.record(t, token, logprob)
             running = self.running[self.alive]
             n_running = int(running.sum())

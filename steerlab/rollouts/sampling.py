@@ -41,18 +41,18 @@ class Sampling:
 def draw(
     logits: Float[Tensor, "row d_vocab"], uniform: Float64[Tensor, " row"], sampling: Sampling
 ) -> tuple[Int[Tensor, " row"], Float[Tensor, " row"]]:
-    """One token per row and its log-probability (nats) at the sampling temperature, before any top-p cut.
+    """One token per row and its log-probability at the sampling temperature, before any top-p cut (nats, fp32 or more).
 
     Greedy rows report the log-probability at temperature 1.
     """
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    heat = sampling.temperature or 1.0
+    probs = torch.softmax(logits if heat == 1 else logits.to(exact) / heat, -1, dtype=exact)
     if sampling.temperature == 0:
         token = logits.argmax(-1)
-        return token, logits.gather(-1, token[:, None]).squeeze(-1) - logits.logsumexp(-1)
-    scaled = logits / sampling.temperature if sampling.temperature != 1 else logits
-    total = scaled.logsumexp(-1, keepdim=True)
-    probs = (scaled - total).exp_()
-    token = inverse_cdf(nucleus(probs, sampling.top_p) if sampling.top_p < 1 else probs, uniform)
-    return token, (scaled.gather(-1, token[:, None]) - total).squeeze(-1)
+    else:
+        token = inverse_cdf(nucleus(probs, sampling.top_p) if sampling.top_p < 1 else probs, uniform)
+    return token, probs.gather(-1, token[:, None]).squeeze(-1).log()
 
 
 def nucleus(probs: Float[Tensor, "row d_vocab"], top_p: float) -> Float[Tensor, "row d_vocab"]:
@@ -66,7 +66,7 @@ def inverse_cdf(weights: Float[Tensor, "row d_vocab"], uniform: Float64[Tensor, 
     """The index where the cumulative weight, as a share of its total, first exceeds `uniform`."""
     rows, vocabulary = weights.shape
     blocks = torch.nn.functional.pad(weights, (0, -vocabulary % BLOCK)).view(rows, -1, BLOCK)
-    ends = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    ends = blocks.sum(-1).double().cumsum(-1)
     target = (uniform * ends[:, -1])[:, None]
     block = torch.searchsorted(ends, target, right=True).clamp_(max=ends.shape[1] - 1)
     begin = ends.gather(-1, (block - 1).clamp(min=0)).where(block > 0, torch.zeros_like(target))

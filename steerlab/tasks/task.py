@@ -82,13 +82,14 @@ class Layout:
     """How a problem is asked: prompt style, system text, a suffix to the question, solved train examples before it.
 
     solution: what a solved example answers; `{answer}` and the fields of `Problem.entry` are filled in. The wording
-    matters: on one-digit sums the embedded model scores 0.15 with bare answers, 0.64 when they repeat the sum.
+    matters: on one-digit sums the embedded model scores 0.15 with bare answers, 0.48 with this sentence, and 0.64 with
+    "{expression} = {answer}" (greedy, four examples).
     """
 
     style: Style = "chat"
     system: str = ""
     instruction: str = ""
-    solution: str = "{answer}"
+    solution: str = "The answer is {answer}."
     shots: int = 0
     shots_seed: int = 0
 

@@ -51,6 +51,8 @@ class Rollouts:
         for name, value in (("prompts", self.prompts), ("samples", self.samples), ("max_rows", self.max_rows)):
             if value < 1:
                 raise UsageError(f"{name} is {value}; training needs at least 1")
+        if self.sampling.top_p < 1:
+            raise UsageError(f"top_p is {self.sampling.top_p}; training needs 1, samples of the policy itself")
         if self.sampling.temperature == 0:
             raise UsageError(
                 "temperature is 0 (greedy): all samples of a prompt are the same; train at a temperature above 0"

@@ -53,7 +53,7 @@ def test_few_shot_shows_train_problems_only_and_never_the_question_itself():
         shown = {m.content for m in messages[:-1:2]}
         assert len(shown) == 4 and not shown & held_out and problem.question not in shown
         assert messages[-1].content == problem.question
-    train = {p.question: f"{p.entry['expression']} = {p.answer}" for p in task.problems("train")}
+    train = {p.question: f"The answer is {p.answer}." for p in task.problems("train")}
     assert all(train[q.content] == a.content for q, a in zip(messages[:-1:2], messages[1::2], strict=True))
     assert task.few_shot(4, seed=3) == task and task.few_shot(4, seed=4).prompt(problem) != task.prompt(problem)
     with pytest.raises(UsageError, match="ask for fewer"):
