@@ -25,7 +25,8 @@ class Progress:
     console: where to show it. On a terminal the step's line is redrawn in place, elsewhere every step is a line.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console | None = None) -> None:
+        console = console or Console()
         self.console = console
         self.live: Live | None = None
         self.walls: deque[float] = deque(maxlen=PACE_STEPS)

@@ -14,6 +14,7 @@ install_import_hook("steerlab", "beartype.beartype")
 
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,3 +67,12 @@ def tiny_gemma3(tiny_models: dict[str, LanguageModel]) -> LanguageModel:
 @pytest.fixture(scope="session")
 def tiny_llama_fp64() -> LanguageModel:
     return tiny.model("llama", dtype=torch.float64)
+
+
+@pytest.fixture(scope="session")
+def tiny_folder(tiny_llama: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model as a person would have it: a folder."""
+    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+    tiny_llama.hf.save_pretrained(folder)
+    tiny_llama.tokenizer.save_pretrained(folder)
+    return folder

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from steerlab import execute
 from steerlab.__main__ import COMMANDS, main
 from steerlab.adapters import SteeringVectors, formats
-from steerlab.models import LanguageModel, Site
+from steerlab.models import Site
 from steerlab.runs import Run, tensors_sha256
 from steerlab.training.sources import RolloutSource
 
@@ -51,15 +51,6 @@ def sl(capsys: pytest.CaptureFixture[str]) -> Sl:
         return Said(code, *capsys.readouterr())
 
     return run
-
-
-@pytest.fixture(scope="session")
-def tiny_folder(tiny_llama: LanguageModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model as a person would have it: a folder."""
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    tiny_llama.hf.save_pretrained(folder)
-    tiny_llama.tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
