@@ -24,12 +24,14 @@ def execute_all(
     *,
     model: LanguageModel | None = None,
     reporter: Reporter | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> dict[str, Run]:
-    """Every experiment in a run folder of its name below `folder`; finished ones are only opened."""
-    return {
-        name: execute(experiment, Path(folder) / name, model=model, reporter=reporter)
-        for name, experiment in experiments.items()
-    }
+    """Every experiment in a run folder of its name below `folder`; finished ones are only opened.
+
+    `share=(k, n)` does every n-th of them from the k-th on and leaves the others to other processes.
+    """
+    mine = list(experiments.items())[share[0] :: share[1]]
+    return {name: execute(made, Path(folder) / name, model=model, reporter=reporter) for name, made in mine}
 
 
 def pooled_completions(runs: Sequence[Run], condition: str = "steered") -> pd.DataFrame:

@@ -25,7 +25,10 @@ from steerlab.tasks import Task, make
 
 @dataclass(frozen=True)
 class Options:
-    """scale: `tiny` is for tests. svamp: folder of the data set; without it that rung is left out. seeds: per cell."""
+    """scale: `tiny` is for tests. svamp: folder of the data set; without it that rung is left out. seeds: per
+    cell. share: (k, n) runs every n-th cell from the k-th in this process and prints nothing; run once more
+    without it for the table.
+    """
 
     out: Path
     scale: Literal["tiny", "small"] = "small"
@@ -33,6 +36,7 @@ class Options:
     seeds: int = 1
     steps: int = 40
     model: str = "smollm2-135m"
+    share: tuple[int, int] = (0, 1)
 
 
 def rungs(options: Options, **control: Any) -> dict[str, tuple[Task, int]]:
@@ -58,7 +62,9 @@ def main(options: Options) -> pd.DataFrame:
                     evaluation = replace(evaluation, base=False, greedy=False, shots=0)
                 experiments[f"{rung}{'-' + control if control else ''}-{seed}"] = replace(made, evaluation=evaluation)
     with Progress() as progress:
-        runs = compare.execute_all(experiments, options.out, model=model, reporter=progress)
+        runs = compare.execute_all(experiments, options.out, model=model, reporter=progress, share=options.share)
+    if options.share[1] > 1:
+        return pd.DataFrame()
     names = list(dict.fromkeys(name.rsplit("-", 1)[0] for name in runs))
     cells = {name: [runs[f"{name}-{seed}"] for seed in seeds] for name in names}
     base = [

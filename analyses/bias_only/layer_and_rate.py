@@ -29,7 +29,9 @@ ONE_LAYER = {"5": (1e-2, 3e-2, 1e-1), "15": (1e-2, 3e-2, 1e-1), "29": (3e-2, 1e-
 
 @dataclass(frozen=True)
 class Options:
-    """scale: `tiny` is for tests. steps, seeds: per cell. share: this process does every n-th cell, from the k-th."""
+    """scale: `tiny` is for tests. steps, seeds: per cell. share: (k, n) runs every n-th cell from the k-th in
+    this process and prints nothing; run once more without it for the table.
+    """
 
     out: Path
     scale: Literal["tiny", "small"] = "small"
@@ -61,11 +63,9 @@ def main(options: Options) -> pd.DataFrame:
                     made.evaluation, base=False, greedy=False, shots=0, samples=4, limit=4 if tiny else None
                 )
                 experiments[f"layer_{layer}-lr_{lr:g}-{seed}"] = replace(made, evaluation=shorter)
-    mine, of = options.share
-    chosen = dict(list(experiments.items())[mine::of])
     with Progress() as progress:
-        runs = compare.execute_all(chosen, options.out, model=model, reporter=progress)
-    if of > 1:
+        runs = compare.execute_all(experiments, options.out, model=model, reporter=progress, share=options.share)
+    if options.share[1] > 1:
         return pd.DataFrame()
     names = list(dict.fromkeys(name.rsplit("-", 1)[0] for name in runs))
     cells = {name: [runs[f"{name}-{seed}"] for seed in seeds] for name in names}

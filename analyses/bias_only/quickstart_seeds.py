@@ -35,12 +35,16 @@ CONTROLS = {
 
 @dataclass(frozen=True)
 class Options:
-    """scale: `tiny` is for tests. seeds: training seeds of the real reward; controls use the first of them."""
+    """scale: `tiny` is for tests. seeds: training seeds of the real reward; controls use the first of them.
+    share: (k, n) runs every n-th cell from the k-th in this process and prints nothing; run once more without
+    it for the table.
+    """
 
     out: Path
     scale: Literal["tiny", "small"] = "small"
     seeds: int = 5
     model: str = "smollm2-135m"
+    share: tuple[int, int] = (0, 1)
 
 
 def main(options: Options) -> pd.DataFrame:
@@ -59,7 +63,9 @@ def main(options: Options) -> pd.DataFrame:
             evaluation = replace(evaluation, base=False, greedy=False, shots=0)
         experiments[name] = replace(experiment, evaluation=evaluation)
     with Progress() as progress:
-        runs = compare.execute_all(experiments, options.out, model=model, reporter=progress)
+        runs = compare.execute_all(experiments, options.out, model=model, reporter=progress, share=options.share)
+    if options.share[1] > 1:
+        return pd.DataFrame()
     wording = few_shot_in_best_wording(experiments["rloo-0"].evaluation, model)
     cells = {cell: [runs[n] for n in runs if n.startswith(f"{cell}-")] for cell in ("rloo", *CONTROLS)}
     per_seed = pd.concat([compare.scores({n: [runs[n]]}) for n in runs if n.startswith("rloo-")])
