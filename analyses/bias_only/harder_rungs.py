@@ -34,7 +34,8 @@ class Options:
     scale: Literal["tiny", "small"] = "small"
     svamp: Path | None = None
     seeds: int = 1
-    steps: int = 40
+    steps: int = 24
+    prompts: int = 8
     model: str = "smollm2-135m"
     share: tuple[int, int] = (0, 1)
 
@@ -50,7 +51,7 @@ def rungs(options: Options, **control: Any) -> dict[str, tuple[Task, int]]:
 def main(options: Options) -> pd.DataFrame:
     """Runs all cells (finished ones are kept) and prints the table."""
     tiny = options.scale == "tiny"
-    size = {"steps": 2, "prompts": 2, "samples": 2} if tiny else {"steps": options.steps}
+    size = {"steps": 2, "prompts": 2, "samples": 2} if tiny else {"steps": options.steps, "prompts": options.prompts}
     seeds = range(1 if tiny else options.seeds)
     model, experiments = load(options.model), {}
     for control in ("", "random_reward"):

@@ -35,8 +35,8 @@ class Options:
 
     out: Path
     scale: Literal["tiny", "small"] = "small"
-    steps: int = 24
-    seeds: int = 2
+    steps: int = 20
+    seeds: int = 1
     model: str = "smollm2-135m"
     share: tuple[int, int] = (0, 1)
 

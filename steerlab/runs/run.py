@@ -1,6 +1,7 @@
 """The run folder.
 
-    manifest.json  metrics.jsonl  checkpoint.safetensors  vectors.safetensors  tables/*.parquet  figures/*  report.html
+    manifest.json  metrics.jsonl  rollouts.jsonl  checkpoint.safetensors  vectors.safetensors
+    tables/*.parquet  figures/*  report.html
 
 The manifest holds the experiment (see `codec`), the environment and whatever the caller states. A checkpoint is ONE
 safetensors file, tensors and JSON state together, so it is atomic; equal content gives equal bytes. Left out: locking
@@ -11,16 +12,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from steerlab.errors import UsageError
 from steerlab.runs.codec import decode, encode
-from steerlab.runs.files import atomic_path, atomic_write, cannot_write, storable, to_json
+from steerlab.runs.files import atomic_path, atomic_write, storable, to_json
+from steerlab.runs.log import RecordLog
 from steerlab.runs.machine import environment
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ class Run:
     def __init__(self, folder: Path, manifest: dict[str, Any]) -> None:
         self.folder = folder
         self.manifest = manifest
-        self._tail_checked = False
+        self._metrics = RecordLog(folder / "metrics.jsonl")
+        self._rollouts = RecordLog(folder / "rollouts.jsonl")
 
     @classmethod
     def create(cls, folder: str | Path, experiment: Any = None, **manifest: Any) -> Run:
@@ -108,31 +109,28 @@ class Run:
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Appends one record to metrics.jsonl; on disk when this returns. NaN and infinities are stored as null."""
-        path = self.folder / "metrics.jsonl"
-        if not self._tail_checked:
-            self._cut_torn_line()
-            self._tail_checked = True
-        line = json.dumps({key: _number(value) for key, value in record.items()}, allow_nan=False) + "\n"
-        try:
-            with path.open("ab") as file:
-                file.write(line.encode("ascii"))
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as error:
-            self._tail_checked = False
-            raise cannot_write(path, error) from error
+        self._metrics.append([record])
+
+    def log_rollouts(self, records: Iterable[Mapping[str, Any]]) -> None:
+        """Appends what was sampled in a step to rollouts.jsonl: one record per completion."""
+        self._rollouts.append(records)
 
     def metrics(self) -> pd.DataFrame:
         """metrics.jsonl as a table, one row per record; a line torn by a kill is not a record."""
         import pandas as pd
 
-        return pd.DataFrame(self._records())
+        return pd.DataFrame(self._metrics.records())
+
+    def rollouts(self) -> pd.DataFrame:
+        """rollouts.jsonl as a table, one row per training completion."""
+        import pandas as pd
+
+        return pd.DataFrame(self._rollouts.records())
 
     def truncate(self, step: int) -> None:
         """Drops the records with `record["step"] >= step` (they will be made again by a resume); atomic."""
-        kept = [record for record in self._records() if record.get("step", -1) < step]
-        lines = "".join(json.dumps(record, allow_nan=False) + "\n" for record in kept)
-        atomic_write(self.folder / "metrics.jsonl", lines)
+        self._metrics.truncate(step)
+        self._rollouts.truncate(step)
 
     def save_table(self, name: str, df: pd.DataFrame) -> Path:
         """Writes tables/{name}.parquet without the index; equal frames give equal bytes. Atomic."""
@@ -224,21 +222,6 @@ class Run:
             raise damaged
         return note["step"], tensors, decode(note["state"])
 
-    def _records(self) -> list[dict[str, Any]]:
-        path = self.folder / "metrics.jsonl"
-        if not path.exists():
-            return []
-        lines = path.read_bytes().split(b"\n")[:-1]  # what follows the last newline was torn by a kill
-        try:
-            return [json.loads(line) for line in lines if line]
-        except ValueError as error:
-            raise UsageError(f"{path} is damaged ({error}); remove the broken line") from error
-
-    def _cut_torn_line(self) -> None:
-        path = self.folder / "metrics.jsonl"
-        if path.exists() and not (content := path.read_bytes()).endswith(b"\n"):
-            atomic_write(path, content[: content.rfind(b"\n") + 1])
-
 
 class RunStore:
     """The runs directly inside one folder."""
@@ -281,8 +264,3 @@ def _checked(name: str) -> str:
     if not _NAME.match(name):
         raise UsageError(f"{name!r} cannot be a file name in a run; use letters, digits and . _ + @ -")
     return name
-
-
-def _number(value: Any) -> Any:
-    plain = value.item() if hasattr(value, "item") else value
-    return None if isinstance(plain, float) and not math.isfinite(plain) else plain

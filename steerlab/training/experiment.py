@@ -44,7 +44,7 @@ class Experiment:
     steps: int
     seed: int = 0
     dtype: str = "auto"
-    token_budget: int = 2048
+    token_budget: int = 1024
 
     def __post_init__(self) -> None:
         if self.steps < 1:

@@ -64,6 +64,7 @@ class Trainer:
             metrics = {**drawn.metrics, **learned, "reward_ema": self.smoothed(drawn.metrics["reward"])}
             wall = time.perf_counter() - began
             metrics |= {"tokens_per_s": drawn.batch.n_tokens / wall, "wall_s": wall}
+            self.run.log_rollouts(drawn.texts)
             self.run.log({"step": step, **metrics})
             self.run.save_checkpoint(step + 1, self.tensors(), self.counters())
             if self.on_step is not None:
