@@ -108,7 +108,7 @@ def test_codec_refuses_to_write_what_it_could_not_read(value):
 
 def test_atomic_write_replaces_or_leaves(tmp_path):
     path = tmp_path / "deep" / "a.json"
-    atomic_write(path, "é \ud800")
+    atomic_write(path, "é \u202e")
     assert path.read_text("utf-8") == "é \ufffd"
     with pytest.raises(ZeroDivisionError), atomic_path(path) as temporary:
         assert temporary.suffix == ".json" and temporary.parent == path.parent
@@ -277,3 +277,17 @@ def test_import_is_cheap_and_environment_says_no_names():
     subprocess.run([sys.executable, "-c", code], check=True)
     found = environment()
     assert found["threads"] >= 1 and os.uname().nodename not in json.dumps(found)
+
+
+def test_a_folder_with_only_a_killed_writers_leftover_can_be_begun(tmp_path):
+    (tmp_path / ".123-0.manifest.json").write_text("{")
+    assert Run.create(tmp_path, None).folder == tmp_path
+
+
+def test_training_completions_are_kept_and_truncated_with_the_metrics(tmp_path):
+    run = Run.create(tmp_path / "run", None)
+    for step in range(3):
+        run.log_rollouts({"step": step, "sample": i, "text": f"{step}\u202e{i}"} for i in range(2))
+        run.log({"step": step})
+    run.truncate(2)
+    assert run.rollouts()["step"].tolist() == [0, 0, 1, 1] and run.metrics()["step"].tolist() == [0, 1]

@@ -155,7 +155,10 @@ class SteeringVectors:
     def attach(
         self, model: LanguageModel, rows: Int[Tensor, " batch"] | None = None, layout: Layout | None = None
     ) -> Iterator[Placement]:
-        """Add the vectors to `model` inside the `with`. Scopes other than `all` need a `layout`."""
+        """Add the vectors to `model` inside the `with`.
+
+        Scopes other than `all` need a `layout`, which holds for one forward; whoever decodes places it anew.
+        """
         self.check(model)
         placement = Placement(self.scope, rows, layout)
         with model.intervene({site: placement.adding(vector) for site, vector in self.vectors.items()}):
@@ -202,7 +205,8 @@ class Placement:
         def shift(x: Tensor) -> Tensor:
             if self.rows is None:
                 raise UsageError("a row bank needs to know which set each row uses: attach(model, rows=…)")
-            moved = x + bank.to(x)[self.rows][:, None]
+            # Rows are gathered before rounding, so that the gradients of rows with one set add up in fp32.
+            moved = x + bank.to(x.device)[self.rows].to(x.dtype)[:, None]
             return moved if self.scope.kind == "all" else torch.where(self._inside(x), moved, x)
 
         return shift

@@ -62,6 +62,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             os.close(folder)
 
 
+def is_temporary(path: Path) -> bool:
+    """Whether this is what a killed process left of a file it was writing."""
+    return re.match(r"\.\d+-\d+\.", path.name) is not None
+
+
 def atomic_write(path: str | Path, data: bytes | str) -> None:
     """Writes the whole file or nothing; text as UTF-8. Lone surrogates, which UTF-8 cannot hold, become U+FFFD.
 

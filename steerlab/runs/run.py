@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from steerlab.errors import UsageError
 from steerlab.runs.codec import decode, encode
-from steerlab.runs.files import atomic_path, atomic_write, storable, to_json
+from steerlab.runs.files import atomic_path, atomic_write, is_temporary, storable, to_json
 from steerlab.runs.log import RecordLog
 from steerlab.runs.machine import environment
 
@@ -57,7 +57,7 @@ class Run:
                     f"{folder} already holds a run of another configuration; choose another folder or remove this one"
                 )
             return run
-        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+        if folder.is_file() or (folder.is_dir() and any(not is_temporary(p) for p in folder.iterdir())):
             raise UsageError(f"{folder} exists and is not a run; choose a new or empty folder")
         entries = {
             "format": FORMAT,
