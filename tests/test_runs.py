@@ -108,7 +108,7 @@ def test_codec_refuses_to_write_what_it_could_not_read(value):
 
 def test_atomic_write_replaces_or_leaves(tmp_path):
     path = tmp_path / "deep" / "a.json"
-    atomic_write(path, "é \u202e")
+    atomic_write(path, "é \ud800")
     assert path.read_text("utf-8") == "é \ufffd"
     with pytest.raises(ZeroDivisionError), atomic_path(path) as temporary:
         assert temporary.suffix == ".json" and temporary.parent == path.parent
