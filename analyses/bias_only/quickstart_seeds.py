@@ -26,11 +26,7 @@ from steerlab.recipes import rloo
 from steerlab.rollouts import Condition, Evaluation
 from steerlab.tasks import make
 
-CONTROLS = {
-    "random_reward": "random_reward",
-    "format_bare": "format_only_reward",
-    "format_found": "format_found_reward",
-}
+CONTROLS = ("random_reward", "format_only_reward")
 
 
 @dataclass(frozen=True)
@@ -55,8 +51,8 @@ def main(options: Options) -> pd.DataFrame:
     experiments = {}
     for seed in range(options.seeds):
         experiments[f"rloo-{seed}"] = rloo(make("chain_sum"), options.model, seed=seed, **size)
-    for name, control in CONTROLS.items():
-        experiments[f"{name}-0"] = rloo(make("chain_sum", control=control), options.model, seed=0, **size)
+    for control in CONTROLS:
+        experiments[f"{control}-0"] = rloo(make("chain_sum", control=control), options.model, seed=0, **size)
     for name, experiment in experiments.items():
         evaluation = replace(experiment.evaluation, limit=limit)
         if name != "rloo-0":  # the base model's answers are the same in every cell
