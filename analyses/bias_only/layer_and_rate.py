@@ -24,7 +24,7 @@ from steerlab.runs import Run
 from steerlab.tasks import make
 
 ALL_LAYERS = {"all": (3e-3, 6e-3, 1e-2, 2e-2)}
-ONE_LAYER = {"5": (1e-2, 3e-2, 1e-1), "15": (1e-2, 3e-2, 1e-1), "29": (3e-2, 1e-1, 3e-1)}
+ONE_LAYER = {"5": (1e-2, 3e-2), "15": (3e-2, 1e-1), "29": (1e-1, 3e-1)}
 
 
 @dataclass(frozen=True)
