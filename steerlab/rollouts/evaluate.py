@@ -20,6 +20,7 @@ from steerlab.models import LanguageModel
 from steerlab.rollouts.policy import Policy
 from steerlab.rollouts.sampler import Rows
 from steerlab.rollouts.sampling import Sampling
+from steerlab.runs import give_back_memory
 from steerlab.tasks import Problem, Task, encode
 
 Done = Callable[[str, int], None]
@@ -107,6 +108,7 @@ def evaluate(
         )
         asked = [problems[i] for i in rows.prompt.tolist()]
         judged = first.task.judge(asked, texts)
+        give_back_memory()
         frames.append(
             pd.DataFrame(
                 {

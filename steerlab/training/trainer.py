@@ -21,7 +21,7 @@ from steerlab.adapters import Adapter
 from steerlab.batches import RolloutBatch
 from steerlab.errors import RunFailed
 from steerlab.rollouts import Policy
-from steerlab.runs import CostLedger, Run
+from steerlab.runs import CostLedger, Run, give_back_memory
 from steerlab.training.experiment import Experiment
 
 EMA_STEPS = 10
@@ -61,6 +61,7 @@ class Trainer:
             with self.ledger.time("update_s"):
                 learned = self.update(step, experiment.objective.prepare(drawn.batch))
             self.count()
+            give_back_memory()
             metrics = {**drawn.metrics, **learned, "reward_ema": self.smoothed(drawn.metrics["reward"])}
             wall = time.perf_counter() - began
             metrics |= {"tokens_per_s": drawn.batch.n_tokens / wall, "wall_s": wall}
