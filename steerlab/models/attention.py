@@ -4,7 +4,7 @@ torch's fused CPU kernel is made for long sequences: for a few dozen positions i
 long as a few small matrix products. Here the query heads that share a key head become rows of one product, so keys
 and values are never repeated. Scores are rounded to bf16 and the softmax is taken in fp32, as in transformers'
 eager attention. Everything else (other dtypes, devices, long sequences, a model set to another implementation) keeps
-transformers' own. `analyses/benchmarks/attention.py` measures both.
+transformers' own.
 """
 
 from __future__ import annotations
