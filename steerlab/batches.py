@@ -16,6 +16,18 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Kept:
+    """What block `block`−1 wrote at every fed token, kept from sampling, so that an update can begin at `block`.
+
+    prompts: of each prompt. completions: of each row; the last token of a row is never fed.
+    """
+
+    block: int
+    prompts: tuple[Float[Tensor, "_ d_model"], ...]
+    completions: Float[Tensor, "row fed d_model"]
+
+
+@dataclass(frozen=True)
 class RolloutBatch:
     """Completions of a few prompts with their rewards.
 
@@ -28,6 +40,7 @@ class RolloutBatch:
     temperature: what the logits were divided by when sampling.
     advantages: credit of each row; None until an objective has prepared the batch.
     denominator: what the loss sum is divided by, fixed over the whole batch; None until prepared.
+    kept: hidden states from sampling where the update need not begin at the bottom.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -40,6 +53,7 @@ class RolloutBatch:
     temperature: float = 1.0
     advantages: Float[Tensor, " row"] | None = None
     denominator: float | None = None
+    kept: Kept | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -58,6 +72,11 @@ class RolloutBatch:
         """The given rows, the prompts they continue, and no wider padding than they need."""
         used, group = torch.unique(self.group[rows], return_inverse=True)
         width = int(self.lengths[rows].max()) if len(rows) else 0
+        kept = self.kept and Kept(
+            self.kept.block,
+            tuple(self.kept.prompts[i] for i in used.tolist()),
+            self.kept.completions[rows.to(self.kept.completions.device), : max(width - 1, 0)],
+        )
         return replace(
             self,
             prompts=tuple(self.prompts[i] for i in used.tolist()),
@@ -68,23 +87,24 @@ class RolloutBatch:
             rewards=self.rewards[rows],
             correct=self.correct[rows],
             advantages=None if self.advantages is None else self.advantages[rows],
+            kept=kept,
         )
 
     def micro_batches(self, token_budget: int) -> Iterator[RolloutBatch]:
-        """Pieces of groups, longest completions first, each micro-batch within `token_budget` padded tokens.
+        """Pieces of groups, longest completions first, each micro-batch within `token_budget` tokens.
 
         A group stays together as long as it fits, so that its prompt is computed once; one row is always let through.
         """
         pieces = [piece for g in range(len(self.prompts)) for piece in self._pieces(g, token_budget)]
         pieces.sort(key=lambda rows: -int(self.lengths[rows[0]]))
         taken: list[Tensor] = []
+        total = 0
         for piece in pieces:
-            trial = [*taken, piece]
-            prompts = len(trial) * max(len(self.prompts[int(self.group[rows[0]])]) for rows in trial)
-            if taken and sum(map(len, trial)) * int(self.lengths[trial[0][0]]) + prompts > token_budget:
+            size = len(self.prompts[int(self.group[piece[0]])]) + int(self.lengths[piece].sum())
+            if taken and total + size > token_budget:
                 yield self.select(torch.cat(taken))
-                trial = [piece]
-            taken = trial
+                taken, total = [], 0
+            taken, total = [*taken, piece], total + size
         if taken:
             yield self.select(torch.cat(taken))
 
@@ -94,6 +114,6 @@ class RolloutBatch:
         rows = rows[self.lengths[rows].sort(descending=True, stable=True).indices]
         room = token_budget - len(self.prompts[group])
         while len(rows):
-            n = max(1, room // int(self.lengths[rows[0]]))
+            n = max(1, int((self.lengths[rows].cumsum(0) <= room).sum()))
             yield rows[:n]
             rows = rows[n:]

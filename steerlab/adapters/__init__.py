@@ -1,7 +1,19 @@
 """What is trained; everything else is frozen."""
 
-from steerlab.adapters.adapter import Adapter, Attached, Layout
+from steerlab.adapters.adapter import Adapter, AdapterSpec, Attached, Layout
+from steerlab.adapters.lora import LoRA, LoRAWeights
 from steerlab.adapters.scopes import Scope
 from steerlab.adapters.steering import RowBank, Steering, SteeringVectors
 
-__all__ = ["Adapter", "Attached", "Layout", "RowBank", "Scope", "Steering", "SteeringVectors"]
+__all__ = [
+    "Adapter",
+    "AdapterSpec",
+    "Attached",
+    "Layout",
+    "LoRA",
+    "LoRAWeights",
+    "RowBank",
+    "Scope",
+    "Steering",
+    "SteeringVectors",
+]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from steerlab.models import LanguageModel
@@ -20,29 +20,38 @@ from steerlab.models import LanguageModel
 
 @dataclass(frozen=True)
 class Layout:
-    """Where tokens stand: prompts are padded on the left, so every row's completion begins in the same slot.
+    """Where the tokens of one forward pass stand, whatever shape they are fed in.
 
-    tokens: all tokens so far, the ones being fed last.
-    mask: False on padding.
-    prompt_slots: slots that hold the prompt; generated tokens start at this slot.
+    sequences: the sequences they belong to, prompt first, padded on the right. prompt_length: of each sequence.
+    sequence, position: of every fed token, which sequence and where in it (a token of a prompt that several sequences
+    share may name any of them).
     """
 
-    tokens: Int[Tensor, "batch slot"]
-    mask: Bool[Tensor, "batch slot"]
-    prompt_slots: int
+    sequences: Int[Tensor, "sequence slot"]
+    prompt_length: Int[Tensor, " sequence"]
+    sequence: Int[Tensor, "batch new"]
+    position: Int[Tensor, "batch new"]
 
     @classmethod
-    def of_texts(cls, tokens: Int[Tensor, "batch slot"], prompt_length: int) -> Layout:
-        """Unpadded sequences whose first `prompt_length` tokens are the prompt."""
-        return cls(tokens, torch.ones_like(tokens, dtype=torch.bool), prompt_length)
+    def of_texts(cls, tokens: Int[Tensor, "batch pos"], prompt_length: int) -> Layout:
+        """Unpadded sequences, fed whole, whose first `prompt_length` tokens are the prompt."""
+        sequence, position = torch.meshgrid(
+            *(torch.arange(n, device=tokens.device) for n in tokens.shape), indexing="ij"
+        )
+        return cls(tokens, torch.full_like(tokens[:, 0], prompt_length), sequence, position)
 
 
 @runtime_checkable
 class Attached(Protocol):
-    """An adapter in use. The runner says, before a forward, which rows it feeds and where they stand."""
+    """An adapter in use. The runner says, before a forward, which tokens it feeds and where they stand."""
 
-    def place(self, rows: Int[Tensor, " batch"] | None, layout: Layout | None) -> None:
-        """`rows`: which member of a row bank each batch row uses. `layout`: see `Layout`."""
+    @property
+    def first_blocks(self) -> tuple[int, ...]:
+        """Of each member of a row bank (else of the one there is): see `Adapter.first_block`."""
+        ...
+
+    def place(self, members: Int[Tensor, "batch new"] | None, layout: Layout | None) -> None:
+        """`members`: which member of a row bank each fed token uses, −1 for none. `layout`: see `Layout`."""
         ...
 
 
@@ -52,6 +61,11 @@ class Adapter(Protocol):
 
     @property
     def n_parameters(self) -> int: ...
+
+    @property
+    def first_block(self) -> int:
+        """What the block before this one writes (before a vector is added to it) depends on no trained number."""
+        ...
 
     def parameters(self) -> Iterable[torch.nn.Parameter]: ...
 
@@ -67,4 +81,13 @@ class Adapter(Protocol):
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
         """Put a snapshot back, in place."""
+        ...
+
+
+@runtime_checkable
+class AdapterSpec(Protocol):
+    """Frozen description of an adapter, stored in a run's manifest."""
+
+    def init(self, model: LanguageModel, generator: torch.Generator | None = None) -> Adapter:
+        """The adapter in its first state, for `model`. Raises UsageError for what the model does not have."""
         ...

@@ -64,29 +64,23 @@ class Scope:
     def after(cls, token: int) -> Scope:
         return cls("after", token=token)
 
-    def mask(self, layout: Layout, n_new: int) -> Bool[Tensor, "batch new"]:
-        """True where the last `n_new` tokens of `layout` receive the vector. Raises UsageError if it has fewer."""
-        if n_new > layout.tokens.shape[1]:
-            raise UsageError(
-                f"{n_new} tokens were fed but the layout describes {layout.tokens.shape[1]}; "
-                "attach with a layout of all of them"
-            )
-        slots = torch.arange(layout.tokens.shape[1], device=layout.tokens.device)
+    def mask(self, layout: Layout) -> Bool[Tensor, "batch new"]:
+        """True at fed tokens that receive the vector."""
+        position = layout.position
         match self.kind:
             case "all":
-                inside = torch.ones_like(layout.mask)
+                return torch.ones_like(position, dtype=torch.bool)
             case "prompt":
-                inside = (slots < layout.prompt_slots).expand_as(layout.mask)
+                return position < layout.prompt_length[layout.sequence]
             case "generated":
-                inside = (slots >= layout.prompt_slots).expand_as(layout.mask)
+                return position >= layout.prompt_length[layout.sequence]
             case "positions":
-                inside = self._within(layout.mask.long().cumsum(1) - 1)
+                return self._within(position)
             case "predicting":
-                inside = self._within(slots - (layout.prompt_slots - 1)).expand_as(layout.mask)
+                return self._within(position - (layout.prompt_length[layout.sequence] - 1))
             case "after":
-                hits = ((layout.tokens == self.token) & layout.mask).long()
-                inside = (hits.cumsum(1) - hits) > 0
-        return (inside & layout.mask)[:, layout.tokens.shape[1] - n_new :]
+                hits = (layout.sequences == self.token).long()
+                return ((hits.cumsum(1) - hits) > 0)[layout.sequence, position]
 
     def _within(self, index: Tensor) -> Tensor:
         inside = index >= self.start

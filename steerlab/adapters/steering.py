@@ -87,6 +87,10 @@ class SteeringVectors:
         return tuple(sorted({site.layer for site in self.vectors}))
 
     @property
+    def first_block(self) -> int:
+        return min(site.layer + (site.kind == "resid_post") for site in self.vectors)
+
+    @property
     def n_parameters(self) -> int:
         return sum(vector.numel() for vector in self.vectors.values())
 
@@ -160,7 +164,7 @@ class SteeringVectors:
         Scopes other than `all` need a `layout`, which holds for one forward; whoever decodes places it anew.
         """
         self.check(model)
-        placement = Placement(self.scope, rows, layout)
+        placement = Placement(self.scope, (self.first_block,), None if rows is None else rows[:, None], layout)
         with model.intervene({site: placement.adding(vector) for site, vector in self.vectors.items()}):
             yield placement
 
@@ -185,28 +189,34 @@ class SteeringVectors:
 
 
 class Placement:
-    """An attached set: holds which rows and tokens the next forward feeds."""
+    """An attached set: holds which tokens the next forward feeds, and of which member of a row bank they are."""
 
-    def __init__(self, scope: Scope, rows: Tensor | None, layout: Layout | None) -> None:
-        self.scope, self.rows, self.layout = scope, rows, layout
+    def __init__(
+        self, scope: Scope, first_blocks: tuple[int, ...], members: Tensor | None = None, layout: Layout | None = None
+    ) -> None:
+        self.scope, self.first_blocks = scope, first_blocks
+        self.place(members, layout)
 
-    def place(self, rows: Int[Tensor, " batch"] | None, layout: Layout | None) -> None:
-        self.rows, self.layout = rows, layout
+    def place(self, members: Int[Tensor, "batch new"] | None, layout: Layout | None) -> None:
+        self.members, self.layout, self._mask = members, layout, None
 
     def adding(self, vector: Tensor) -> Shift:
         """The function that a site goes through."""
-        if self.scope.kind == "all":
-            return lambda x: AddVector.apply(x, vector)  # type: ignore[return-value]
-        return lambda x: torch.where(self._inside(x), AddVector.apply(x, vector), x)  # type: ignore[arg-type]
-
-    def adding_rows(self, bank: Float[Tensor, "set width"]) -> Shift:
-        """The same with one vector per set, each batch row using the set that `rows` names."""
 
         def shift(x: Tensor) -> Tensor:
-            if self.rows is None:
+            moved: Tensor = AddVector.apply(x, vector) if torch.is_grad_enabled() else x + vector.to(x)  # type: ignore[assignment]
+            return moved if self.scope.kind == "all" else torch.where(self._inside(x), moved, x)
+
+        return shift
+
+    def adding_rows(self, bank: Float[Tensor, "set width"]) -> Shift:
+        """The same with one vector per set, each fed token using the set that `members` names."""
+
+        def shift(x: Tensor) -> Tensor:
+            if self.members is None:
                 raise UsageError("a row bank needs to know which set each row uses: attach(model, rows=…)")
-            # Rows are gathered before rounding, so that the gradients of rows with one set add up in fp32.
-            moved = x + bank.to(x.device)[self.rows].to(x.dtype)[:, None]
+            # Vectors are gathered before rounding, so that the gradients of tokens with one set add up in fp32.
+            moved = x + bank.to(x.device)[self.members].to(x.dtype)
             return moved if self.scope.kind == "all" else torch.where(self._inside(x), moved, x)
 
         return shift
@@ -217,7 +227,14 @@ class Placement:
                 f"token scope '{self.scope.kind}' needs to know where the prompt ends: sample through Policy, "
                 "or attach(model, layout=Layout.of_texts(tokens, prompt_length))"
             )
-        return self.scope.mask(self.layout, x.shape[1])[..., None]
+        if self._mask is None:
+            self._mask = self.scope.mask(self.layout)[..., None]
+        if self._mask.shape[:2] != x.shape[:2]:
+            raise UsageError(
+                f"tokens of shape {tuple(x.shape[:2])} were fed, the layout describes {tuple(self._mask.shape[:2])}; "
+                "attach with a layout of exactly the tokens that are fed"
+            )
+        return self._mask
 
 
 class RowBank:
@@ -236,6 +253,10 @@ class RowBank:
         self.sets, self.scope = tuple(sets), real[0].scope
 
     @property
+    def first_block(self) -> int:
+        return min(s.first_block for s in self.sets if s is not None)
+
+    @property
     def n_parameters(self) -> int:
         return sum(s.n_parameters for s in self.sets if s is not None)
 
@@ -252,7 +273,8 @@ class RowBank:
         real = [s for s in self.sets if s is not None]
         for member in real:
             member.check(model)
-        placement = Placement(self.scope, rows, layout)
+        blocks = tuple(model.n_layers if s is None else s.first_block for s in self.sets)
+        placement = Placement(self.scope, blocks, None if rows is None else rows[:, None], layout)
         with model.intervene({site: placement.adding_rows(self.bank(site)) for site in self.sites}):
             yield placement
 
@@ -261,8 +283,9 @@ class RowBank:
         return tuple(sorted({site for s in self.sets if s is not None for site in s.vectors}))
 
     def bank(self, site: Site) -> Float[Tensor, "set width"]:
-        """The vectors of all sets at one site, zeros where a set has none; differentiable."""
-        found = [None if s is None else s.vectors.get(site) for s in self.sets]
+        """The vectors of all sets at one site, zeros where a set has none and once more behind the last (member −1 is
+        the base model); differentiable."""
+        found = [None if s is None else s.vectors.get(site) for s in (*self.sets, None)]
         like = next(v for v in found if v is not None)
         return torch.stack([torch.zeros_like(like) if v is None else v for v in found])
 

@@ -16,13 +16,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from steerlab.models import hooks
+from steerlab.models import forward, hooks
 from steerlab.models.hooks import Doors, Edit, Mask
 from steerlab.models.sites import Site, architecture, check_meaning, norm_placement, places, sizes
 from steerlab.models.weights import hash_tensors
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
+
+    from steerlab.models.packed import PackedWeights, Products
 
 _NOT_CONTENT = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache", "architectures")
 
@@ -55,6 +57,8 @@ class LanguageModel:
         self.sizes = sizes(arch, hf.config, self.blocks)
         self.doors = Doors(self.blocks, places(arch, self.sizes, self.norm_placement == "parallel"))
         self._weights_sha256 = weights_sha256
+        self.products: Products = "plain"
+        self.packed: PackedWeights | None = None
         check_meaning(hooks.probe(self), self.sizes, self.doors.places)
 
     def __repr__(self) -> str:
@@ -144,6 +148,18 @@ class LanguageModel:
         if self.logit_softcap is None:
             return logits
         return torch.tanh(logits / self.logit_softcap) * self.logit_softcap
+
+    def forward_from(
+        self,
+        block: int,
+        written: Float[Tensor, "batch pos d_model"],
+        *,
+        mask: Mask | None = None,
+        positions: Int[Tensor, "batch pos"] | None = None,
+        kv: Cache | None = None,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """See `forward.forward_from`."""
+        return forward.forward_from(self, block, written, mask=mask, positions=positions, kv=kv)
 
     def logits(self, tokens: Int[Tensor, "batch pos"], mask: Mask | None = None) -> Float[Tensor, "batch pos d_vocab"]:
         """The same bits as the Hugging Face model's own logits."""

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-CHUNK_TOKENS = 256
+CHUNK_TOKENS = 128
 
 
 class _TokenLogprobs(torch.autograd.Function):

@@ -36,6 +36,7 @@ class _Point:
     """One side of one module: the edits and reads that are in force there, behind a single torch hook."""
 
     def __init__(self, module: nn.Module, place: Place, block_inputs: dict[int, Tensor], layer: int) -> None:
+        self.notes: list[tuple[Place, Keep]] = []  # before any edit
         self.edits: list[tuple[Place, Edit, Site]] = []
         self.reads: list[tuple[Place, Keep]] = []
         self.block_inputs, self.layer = block_inputs, layer
@@ -51,6 +52,8 @@ class _Point:
 
     def _run(self, x: Tensor) -> Tensor:
         block_input = self.block_inputs.get(self.layer) if self.block_inputs else None
+        for place, keep in self.notes:
+            keep(place.read(x, block_input))
         for place, edit, site in self.edits:
             seen = place.read(x, block_input)
             new = edit(seen)
@@ -99,8 +102,13 @@ class Doors:
         return self.places[site.kind]
 
     @contextmanager
-    def open(self, edits: Iterable[tuple[Site, Edit]], reads: Iterable[tuple[Site, Keep]] = ()) -> Iterator[None]:
-        """Put edits and reads in force until the context closes, whatever happens inside."""
+    def open(
+        self,
+        edits: Iterable[tuple[Site, Edit]],
+        reads: Iterable[tuple[Site, Keep]] = (),
+        notes: Iterable[tuple[Site, Keep]] = (),
+    ) -> Iterator[None]:
+        """Put edits and reads in force until the context closes, whatever happens inside; notes read before edits."""
         writing = [(self.place(site), site, edit) for site, edit in edits]
         reading = [(self.place(site), site.layer, keep) for site, keep in reads]
         with ExitStack() as stack:
@@ -110,6 +118,8 @@ class Doors:
             for place, layer, keep in reading:
                 self._hold_block_input(place, layer, stack)
                 self._enter(place, layer, stack, read=(place, keep))
+            for site, keep in notes:
+                self._enter(self.place(site), site.layer, stack, note=(self.place(site), keep))
             yield
 
     def _hold_block_input(self, place: Place, layer: int, stack: ExitStack) -> None:
@@ -126,6 +136,7 @@ class Doors:
         stack: ExitStack,
         edit: tuple[Place, Edit, Site] | None = None,
         read: tuple[Place, Keep] | None = None,
+        note: tuple[Place, Keep] | None = None,
     ) -> None:
         key = (layer, place.module, place.side, place.item)
         if key not in self._points:
@@ -136,17 +147,25 @@ class Doors:
             point.edits.append(edit)
         if read is not None:
             point.reads.append(read)
-        stack.callback(self._leave, key, edit, read)
+        if note is not None:
+            point.notes.append(note)
+        stack.callback(self._leave, key, edit, read, note)
 
     def _leave(
-        self, key: tuple[int, str, str, int], edit: tuple[Place, Edit, Site] | None, read: tuple[Place, Keep] | None
+        self,
+        key: tuple[int, str, str, int],
+        edit: tuple[Place, Edit, Site] | None,
+        read: tuple[Place, Keep] | None,
+        note: tuple[Place, Keep] | None,
     ) -> None:
         point = self._points[key]
         if edit is not None:  # by identity: the same function may be in force twice
             point.edits = [entry for entry in point.edits if entry is not edit]
         if read is not None:
             point.reads = [entry for entry in point.reads if entry is not read]
-        if not point.edits and not point.reads:
+        if note is not None:
+            point.notes = [entry for entry in point.notes if entry is not note]
+        if not point.edits and not point.reads and not point.notes:
             point.handle.remove()
             del self._points[key]
 
@@ -170,6 +189,15 @@ def intervene(model: LanguageModel, edits: Mapping[Site, Edit]) -> Iterator[None
         if site.kind in READ_ONLY:
             raise UsageError(f"site {site} is read only; edit q, k, v or z instead")
     with model.doors.open(edits.items()):
+        yield
+
+
+@contextmanager
+def written(model: LanguageModel, keep: Mapping[int, Keep]) -> Iterator[None]:
+    """Inside the context `keep[block]` is called with what block `block`−1 writes, before any edit there: what
+    `forward.beginning_at(model, block, …)` takes."""
+    notes = [(Site("resid_post", block - 1), function) for block, function in keep.items()]
+    with model.doors.open((), notes=notes):
         yield
 
 

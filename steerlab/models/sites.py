@@ -102,7 +102,12 @@ class Place:
 
 @dataclass(frozen=True)
 class Architecture:
-    """Module paths of one family. `qkv` holds three paths, or one when the projections are fused."""
+    """Module paths of one family. `qkv` holds three paths, or one when the projections are fused.
+
+    gated: gate and up projections, where they read the same input in two modules.
+    own_attention: the module that mixes values, in a family that does not use transformers' attention interface.
+    tuples: the family's blocks return tuples.
+    """
 
     blocks: str
     final_norm: str
@@ -116,6 +121,9 @@ class Architecture:
     ln2_post: str | None = None
     interleaved: bool = False
     mlp: str = "mlp"
+    gated: tuple[str, ...] = ()
+    own_attention: str | None = None
+    tuples: bool = False
 
 
 @dataclass(frozen=True)
@@ -146,6 +154,7 @@ _LLAMA = Architecture(
     down="mlp.down_proj",
     ln1="input_layernorm",
     ln2="post_attention_layernorm",
+    gated=("mlp.gate_proj", "mlp.up_proj"),
 )
 _GEMMA = replace(
     _LLAMA,
@@ -174,12 +183,14 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "olmo2": replace(
         _LLAMA, ln1=None, ln2=None, ln1_post="post_attention_layernorm", ln2_post="post_feedforward_layernorm"
     ),
-    "phi3": replace(_LLAMA, qkv=("self_attn.qkv_proj",)),
+    "phi3": replace(_LLAMA, qkv=("self_attn.qkv_proj",), gated=()),
     "gpt2": _GPT2,
     "gpt_neo": replace(
         _GPT2,
         qkv=("attn.attention.q_proj", "attn.attention.k_proj", "attn.attention.v_proj"),
         z="attn.attention.out_proj",
+        own_attention="attn.attention",
+        tuples=True,
     ),
     "gpt_neox": replace(
         _LLAMA,
@@ -188,6 +199,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         qkv=("attention.query_key_value",),
         z="attention.dense",
         down="mlp.dense_4h_to_h",
+        gated=(),
         interleaved=True,
     ),
 }

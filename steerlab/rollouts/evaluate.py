@@ -14,7 +14,7 @@ from typing import Literal
 import pandas as pd
 
 from steerlab import tables
-from steerlab.adapters import RowBank, SteeringVectors
+from steerlab.adapters import Adapter, RowBank, SteeringVectors
 from steerlab.errors import UsageError
 from steerlab.models import LanguageModel
 from steerlab.rollouts.policy import Policy
@@ -68,16 +68,17 @@ class Evaluation:
             found["few_shot"] = Condition(None, task.few_shot(self.shots, self.seed), once, 1)
         return found
 
-    def steered(self, task: Task, vectors: SteeringVectors) -> Condition:
-        """The model with `vectors`, sampled."""
-        return Condition(vectors, task, self.sampling, self.samples)
+    def steered(self, task: Task, adapter: Adapter) -> Condition:
+        """The model with `adapter`, sampled."""
+        return Condition(adapter, task, self.sampling, self.samples)
 
 
 @dataclass(frozen=True)
 class Condition:
-    """One way to answer the problems: with which vectors, from which prompts, how sampled, how often."""
+    """One way to answer the problems: with which adapter (None: the base model), from which prompts, how sampled, how
+    often."""
 
-    vectors: SteeringVectors | None
+    adapter: Adapter | None
     task: Task
     sampling: Sampling
     samples: int
@@ -100,8 +101,7 @@ def evaluate(
         first = members[0]
         prompts = [encode(first.task.prompt(p), model.tokenizer) for p in problems]
         rows = Rows.grid([p.id for p in problems], first.samples, len(members))
-        banked = any(m.vectors is not None for m in members)
-        policy = Policy(model, RowBank([m.vectors for m in members]) if banked else None)
+        policy = Policy(model, _joined([m.adapter for m in members]))
         out = policy.sample(prompts, rows, first.sampling, seed=seed, max_rows=max_rows)
         texts = model.tokenizer.batch_decode(
             [out.tokens[i, : out.lengths[i]].tolist() for i in range(len(rows))], skip_special_tokens=True
@@ -139,16 +139,29 @@ def evaluate(
 
 
 def _together(conditions: Mapping[str, Condition]) -> list[list[str]]:
-    """Names of conditions that can share a decode batch: equal task, sampling and count, and equal token scope."""
+    """Names of conditions that can share a decode batch: equal task, sampling, count; adapters that can be banked."""
     batches: list[tuple[tuple[object, ...], list[str]]] = []
     for name, condition in conditions.items():
         key = (condition.task, condition.sampling, condition.samples)
-        scope = None if condition.vectors is None else condition.vectors.scope
         for other, names in batches:
-            scopes = {v.scope for n in names if (v := conditions[n].vectors) is not None}
-            if other == key and (scope is None or scopes <= {scope}):
+            if other == key and _bankable([conditions[n].adapter for n in (*names, name)]):
                 names.append(name)
                 break
         else:
             batches.append((key, [name]))
     return [names for _, names in batches]
+
+
+def _bankable(adapters: Sequence[Adapter | None]) -> bool:
+    """Whether every row of one batch can have its own: steering vectors of one token scope, or nothing."""
+    if any(not (adapter is None or isinstance(adapter, SteeringVectors)) for adapter in adapters):
+        return False
+    return len({adapter.scope for adapter in adapters if isinstance(adapter, SteeringVectors)}) <= 1
+
+
+def _joined(adapters: Sequence[Adapter | None]) -> Adapter | None:
+    """One adapter for a whole batch: a row bank of vectors, or the only adapter of another kind."""
+    if all(adapter is None for adapter in adapters):
+        return None
+    vectors = [adapter for adapter in adapters if adapter is None or isinstance(adapter, SteeringVectors)]
+    return RowBank(vectors) if len(vectors) == len(adapters) else adapters[0]

@@ -1,7 +1,7 @@
 """A policy: a frozen model with an adapter, which speaks (sample) and is asked what it would have said (logprobs).
 
-Log-probabilities are teacher-forced the way sampling was: each prompt once per group, its keys and values shared by
-the group's completions with the graph intact, the head applied to completion tokens only.
+Log-probabilities are teacher-forced without padding: prompts and completions stand one behind the other in one row of
+tokens, each prompt once per group, with the graph intact; the head is applied to completion tokens only.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steerlab.adapters import Adapter, Attached, Layout
+from steerlab.adapters import Adapter, Attached
 from steerlab.batches import RolloutBatch
 from steerlab.models import LanguageModel
-from steerlab.models.attention import short_sequences
+from steerlab.models.attention import Stream
+from steerlab.models.forward import planned
 from steerlab.models.head import token_logprobs
-from steerlab.models.kv_cache import GrowingCache
-from steerlab.rollouts.sampler import Completions, Prompts, Rows, left_padded, sample
+from steerlab.models.packed import products
+from steerlab.rollouts.packing import Packed
+from steerlab.rollouts.sampler import Completions, Prompts, Rows, sample
 from steerlab.rollouts.sampling import Sampling
 
 
@@ -31,11 +33,21 @@ class Policy:
         self.model, self.adapter, self.reference = model, adapter, reference
 
     def sample(
-        self, prompts: Prompts, rows: Rows, sampling: Sampling, *, seed: int, step: int = 0, max_rows: int = 256
+        self,
+        prompts: Prompts,
+        rows: Rows,
+        sampling: Sampling,
+        *,
+        seed: int,
+        step: int = 0,
+        max_rows: int = 256,
+        keep: bool = False,
     ) -> Completions:
         """Completions of `rows`; see `sampler.sample`."""
-        with in_use(self.adapter, self.model) as attached:
-            return sample(self.model, attached, prompts, rows, sampling, seed=seed, step=step, max_rows=max_rows)
+        with products(self.model), in_use(self.adapter, self.model) as attached:
+            return sample(
+                self.model, attached, prompts, rows, sampling, seed=seed, step=step, max_rows=max_rows, keep=keep
+            )
 
     def logprobs(self, batch: RolloutBatch) -> Float[Tensor, "row pos"]:
         """Log-probability (nats) of each completion token at the batch's temperature, 0 on padding; has a graph."""
@@ -51,40 +63,42 @@ class Policy:
 
 @contextmanager
 def in_use(adapter: Adapter | None, model: LanguageModel) -> Iterator[Attached | None]:
-    """Attach `adapter` if there is one, and let attention be that of short sequences where it pays."""
-    with short_sequences(model):
-        if adapter is None:
-            yield None
-        else:
-            with adapter.attach(model) as attached:
-                yield attached
+    """Attach `adapter` if there is one."""
+    if adapter is None:
+        yield None
+    else:
+        with adapter.attach(model) as attached:
+            yield attached
 
 
 def teacher_forced(model: LanguageModel, attached: Attached | None, batch: RolloutBatch) -> Float[Tensor, "row pos"]:
-    """Log-probabilities of a batch's completions under whatever is attached to `model` (one set, not a row bank)."""
+    """Log-probabilities of a batch's completions under whatever is attached to `model` (one set, not a row bank).
+
+    One row of tokens holds each prompt followed by its completions, all but their last tokens. It begins above the
+    bottom where the batch has kept what the blocks below wrote, and the adapter changes nothing there.
+    """
     device = model.device
-    prompts, prompt_mask = (t.to(device) for t in left_padded(batch.prompts))
-    group, targets, mask = batch.group.to(device), batch.completions.to(device), batch.mask.to(device)
-    slots, kv = prompts.shape[1], GrowingCache()
+    packed = Packed.of(batch, device)
+    kept = batch.kept
+    if kept is not None and attached is not None and kept.block > min(attached.first_blocks):
+        kept = None
     if attached is not None:
-        attached.place(None, Layout(prompts, prompt_mask, slots))
-    hidden = model.hidden(
-        prompts,
-        mask=None if bool(prompt_mask.all()) else prompt_mask,
-        positions=(prompt_mask.long().cumsum(1) - 1).clamp(min=0),
-        kv=kv,
+        attached.place(torch.zeros_like(packed.layout.position), packed.layout)
+    hidden = planned(
+        model,
+        Stream(packed.segments),
+        packed.tokens,
+        packed.layout.position,
+        block=0 if kept is None else kept.block,
+        written=None if kept is None else packed.gather(kept),
     )
-    states = hidden[:, -1][group][:, None]
-    if targets.shape[1] > 1:
-        kv.take_rows(group)
-        tokens = torch.cat([prompts[group], targets[:, :-1]], 1)
-        seen = torch.cat([prompt_mask[group], mask[:, :-1]], 1)
-        if attached is not None:
-            attached.place(None, Layout(tokens, seen, slots))
-        positions = prompt_mask.sum(1)[group][:, None] + torch.arange(targets.shape[1] - 1, device=device)
-        states = torch.cat([states, model.hidden(targets[:, :-1], mask=seen, positions=positions, kv=kv)], 1)
-    head = model.unembedding
+    head, mask = model.unembedding, batch.mask.to(device)
     flat = token_logprobs(
-        states[mask], targets[mask], head.weight, head.bias, batch.temperature, softcap=model.logit_softcap
+        hidden[0][packed.predicting],
+        batch.completions.to(device)[mask],
+        head.weight,
+        head.bias,
+        batch.temperature,
+        softcap=model.logit_softcap,
     )
-    return torch.zeros(targets.shape, dtype=flat.dtype, device=device).masked_scatter(mask, flat)
+    return torch.zeros(mask.shape, dtype=flat.dtype, device=device).masked_scatter(mask, flat)

@@ -1,24 +1,26 @@
 """The decode engine: many completions of a few prompts, each prompt computed once.
 
-Prompts are padded on the left and prefilled once per (prompt, set of vectors); their keys and values are then
-given to every row. Rows that have ended leave the batch as soon as an eighth of it has. Randomness belongs to rows
-(see `streams`), so none of this changes what is sampled, up to floating point.
-Left out, for the engine to come: CUDA graphs, sharing below the first differing layer, keeping hidden states.
+Prompts are read once per set of vectors (see `prefill`); every row then attends to its prompt's one copy of keys and
+values and to its own (see `models.decoding`). Rows that have ended leave the batch as soon as an eighth of it has.
+Randomness belongs to rows (see `streams`), so none of this changes what is sampled, up to floating point.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from steerlab.adapters import Attached, Layout
+from steerlab.batches import Kept
 from steerlab.errors import RunFailed, UsageError
-from steerlab.models import LanguageModel
-from steerlab.models.kv_cache import ReservedCache
+from steerlab.models import LanguageModel, hooks
+from steerlab.models.forward import planned
+from steerlab.rollouts.prefill import Reader, Unit
 from steerlab.rollouts.sampling import Sampling, draw
 from steerlab.rollouts.streams import uniforms
 
@@ -65,6 +67,14 @@ class Completions:
     lengths: Int[Tensor, " row"]
     logprobs: Float[Tensor, "row pos"]
     finished: Bool[Tensor, " row"]
+    written: Float[Tensor, "row fed d_model"] | None = None
+    prompt_written: Mapping[Unit, Float[Tensor, "_ d_model"]] = field(default_factory=dict)
+
+    def kept(self, block: int, prompts: int, member: int = 0) -> Kept | None:
+        """What was kept for an update of one member that begins at `block`, prompts in order; None if nothing was."""
+        if self.written is None:
+            return None
+        return Kept(block, tuple(self.prompt_written[i, member] for i in range(prompts)), self.written)
 
     @classmethod
     def join(cls, parts: Sequence[Completions]) -> Completions:
@@ -72,22 +82,22 @@ class Completions:
         width = max(int(p.lengths.max()) for p in parts)
 
         def stack(tensors: list[Tensor]) -> Tensor:
-            return torch.cat([torch.nn.functional.pad(t, (0, max(0, width - t.shape[1])))[:, :width] for t in tensors])
+            return torch.cat([_widened(t, width) for t in tensors])
 
         return cls(
             stack([p.tokens for p in parts]),
             torch.cat([p.lengths for p in parts]),
             stack([p.logprobs for p in parts]),
             torch.cat([p.finished for p in parts]),
+            stack([p.written for p in parts if p.written is not None]) if parts[0].written is not None else None,
+            {unit: states for p in parts for unit, states in p.prompt_written.items()},
         )
 
 
-def left_padded(prompts: Prompts, pad: int = 0) -> tuple[Int[Tensor, "prompt slot"], Bool[Tensor, "prompt slot"]]:
-    """Prompts as one block, padded on the left, and its mask."""
-    width = max(len(p) for p in prompts)
-    tokens = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts])
-    mask = torch.tensor([[False] * (width - len(p)) + [True] * len(p) for p in prompts])
-    return tokens, mask
+def _widened(x: Tensor, width: int) -> Tensor:
+    """`x` with zeros behind its second axis."""
+    missing = max(0, width - x.shape[1])
+    return torch.nn.functional.pad(x, (*[0, 0] * (x.ndim - 2), 0, missing))[:, :width]
 
 
 def stop_tokens(model: LanguageModel, sampling: Sampling) -> Int[Tensor, " stop"]:
@@ -126,8 +136,10 @@ def sample(
     seed: int,
     step: int = 0,
     max_rows: int = 256,
+    keep: bool = False,
 ) -> Completions:
     """Completions of `rows`, at most `max_rows` at a time. `attached` is the adapter in use, None for the base model.
+    keep: also what each member's last unchanged block wrote.
 
     Raises UsageError when a prompt is empty or does not fit the model's context with its completion, RunFailed when
     the model's probabilities are not finite.
@@ -137,7 +149,8 @@ def sample(
         raise UsageError(f"max_rows is {max_rows}; it must be at least 1")
     stops = stop_tokens(model, sampling).to(model.device)
     parts = [
-        _Decoding(model, attached, prompts, part, sampling, stops, seed, step).run() for part in rows.chunks(max_rows)
+        _Decoding(model, attached, prompts, part, sampling, stops, seed, step, keep).run()
+        for part in rows.chunks(max_rows)
     ]
     joined = Completions.join(parts)
     if not bool(torch.isfinite(joined.logprobs).all()):
@@ -161,59 +174,53 @@ class _Decoding:
         stops: Tensor,
         seed: int,
         step: int,
+        keep: bool,
     ) -> None:
         self.model, self.attached, self.sampling, self.stops = model, attached, sampling, stops
         n, limit, device = len(rows), sampling.max_new_tokens, model.device
-        noise = uniforms(seed, step, rows.problem.numpy(), rows.sample.numpy(), limit)
-        self.noise = torch.from_numpy(noise).to(device)
-        units, self.unit = torch.unique(torch.stack([rows.prompt, rows.member], 1), dim=0, return_inverse=True)
-        self.prompts = [prompts[i] for i in units[:, 0].tolist()]
-        self.member = units[:, 1].to(device)
+        self.noise = torch.from_numpy(uniforms(seed, step, rows.problem.numpy(), rows.sample.numpy(), limit)).to(device)
+        self.names: list[Unit] = list(zip(rows.prompt.tolist(), rows.member.tolist(), strict=True))
+        self.reader = Reader(model, attached, prompts, keep)
+        self.member = rows.member.to(device)
         self.out_tokens = torch.zeros(n, limit, dtype=torch.long, device=device)
         self.out_logprobs = torch.zeros(n, limit, dtype=torch.promote_types(model.dtype, torch.float32), device=device)
         own = torch.full((n,), limit) if rows.limit is None else rows.limit.clamp(max=limit)
         self.lengths = own.to(device)
         self.running = torch.ones(n, dtype=torch.bool, device=device)
         self.finished = torch.zeros(n, dtype=torch.bool, device=device)
+        self.alive = torch.arange(n, device=device)
+        prompt_length = torch.tensor([len(prompts[p]) for p, _ in self.names], device=device)
+        width = int(prompt_length.max()) + limit
+        sequences = torch.tensor(
+            [[*prompts[p], *[0] * (width - len(prompts[p]))] for p, _ in self.names], device=device
+        )
+        self.layout = Layout(sequences, prompt_length, self.alive[:, None], prompt_length[:, None])
 
     def prefill(self) -> Float[Tensor, "row d_model"]:
-        """Hidden state of each row's last prompt token; leaves keys and values of every row in the cache."""
-        tokens, mask = (t.to(self.model.device) for t in left_padded(self.prompts))
-        self.slots = tokens.shape[1]
-        self.kv = ReservedCache(self.model.n_layers, self.slots + self.sampling.max_new_tokens)
-        padded = not bool(mask.all())
-        self.place(self.member, tokens, mask)
-        hidden = self.model.hidden(
-            tokens,
-            mask=mask if padded else None,
-            positions=(mask.long().cumsum(1) - 1).clamp(min=0),
-            kv=self.kv,
-        )
-        spread = self.unit.to(self.model.device)
-        self.kv.take_rows(spread)
-        self.alive = torch.arange(len(spread), device=self.model.device)
-        self.member, self.n_prompt = self.member[spread], mask.sum(1)[spread]
-        self.tokens = torch.cat([tokens[spread], self.out_tokens], 1)
-        self.mask = torch.cat([mask[spread], torch.ones_like(self.out_tokens, dtype=torch.bool)], 1)
-        self.padded = padded
-        return hidden[:, -1][spread]
-
-    def place(self, member: Tensor, tokens: Tensor, mask: Tensor) -> None:
-        if self.attached is not None:
-            self.attached.place(member, Layout(tokens, mask, self.slots))
+        """Hidden state of each row's last prompt token; leaves the prompts' keys and values in the plan."""
+        self.prompt_states = self.reader.read(sorted(set(self.names)))
+        self.plan = self.prompt_states.plan(self.names, self.sampling.max_new_tokens)
+        seams = torch.tensor([self.reader.kept(member) for _, member in self.names], device=self.model.device)
+        shape = (*self.out_tokens.shape, self.model.d_model)
+        self.written = torch.empty(shape, dtype=self.model.dtype, device=self.model.device) if seams.any() else None
+        self.seams = {int(seam): seams == seam for seam in torch.unique(seams) if seam > 0}
+        return torch.stack([self.prompt_states.last[name] for name in self.names])
 
     def run(self) -> Completions:
-        hidden = self.prefill()
-        for t in range(self.sampling.max_new_tokens):
+        hidden, limit = self.prefill(), self.sampling.max_new_tokens
+        look = 1 if self.model.device.type == "cpu" else 8  # asking a GPU how many rows still run makes it wait
+        for t in range(limit):
             token, logprob = draw(self.model.unembed(hidden), self.noise[self.alive, t], self.sampling)
             self.record(t, token, logprob)
-            running = self.running[self.alive]
-            n_running = int(running.sum())
-            if n_running == 0 or t + 1 == self.sampling.max_new_tokens:
+            if t + 1 == limit:
                 break
-            self.tokens[:, self.slots + t] = token
-            if len(running) - n_running >= max(1, len(running) // 8):
-                self.compact(torch.nonzero(running).flatten())
+            if t % look == 0:
+                running = self.running[self.alive]
+                n_running = int(running.sum())
+                if n_running == 0:
+                    break
+                if len(running) - n_running >= max(1, len(running) // 8):
+                    self.compact(torch.nonzero(running).flatten())
             hidden = self.advance(t)
         width = int(self.lengths.max())
         return Completions(
@@ -221,31 +228,40 @@ class _Decoding:
             self.lengths.cpu(),
             self.out_logprobs[:, :width].cpu(),
             self.finished.cpu(),
+            None if self.written is None else self.written[:, : max(width - 1, 1)],
+            self.prompt_states.written,
         )
 
     def record(self, t: int, token: Int[Tensor, " row"], logprob: Float[Tensor, " row"]) -> None:
         """Write token `t` of the rows still running, and note which of them it ends."""
-        on = self.running[self.alive]
-        rows, drawn = self.alive[on], token[on]
-        self.out_tokens[rows, t], self.out_logprobs[rows, t] = drawn, logprob[on]
-        stopped = torch.isin(drawn, self.stops)
-        self.finished[rows] = stopped
-        self.lengths[rows[stopped]] = t + 1
-        self.running[rows] = ~stopped & (self.lengths[rows] > t + 1)
+        rows, on = self.alive, self.running[self.alive]
+        self.out_tokens[rows, t] = torch.where(on, token, 0)
+        self.out_logprobs[rows, t] = torch.where(on, logprob, 0)
+        stopped = on & torch.isin(token, self.stops)
+        self.finished[rows] |= stopped
+        self.lengths[rows] = torch.where(stopped, t + 1, self.lengths[rows])
+        self.running[rows] = on & ~stopped & (self.lengths[rows] > t + 1)
 
     def compact(self, kept: Int[Tensor, " kept"]) -> None:
         """Only these batch rows go on."""
-        self.kv.take_rows(kept)
-        self.alive, self.member, self.n_prompt = self.alive[kept], self.member[kept], self.n_prompt[kept]
-        self.tokens, self.mask = self.tokens[kept], self.mask[kept]
+        self.plan.select(kept)
+        self.alive = self.alive[kept]
 
     def advance(self, t: int) -> Float[Tensor, "row d_model"]:
         """Feed generated token `t` of every row."""
-        upto = self.slots + t + 1
-        self.place(self.member, self.tokens[:, :upto], self.mask[:, :upto])
-        return self.model.hidden(
-            self.tokens[:, upto - 1 : upto],
-            mask=self.mask[:, :upto] if self.padded else None,
-            positions=(self.n_prompt + t)[:, None],
-            kv=self.kv,
-        )[:, -1]
+        rows, tokens = self.alive, self.out_tokens[self.alive, t][:, None]
+        position = self.layout.prompt_length[rows][:, None] + t
+        self.layout.sequences[rows[:, None], position] = tokens
+        if self.attached is not None:
+            self.attached.place(
+                self.member[rows][:, None], replace(self.layout, sequence=rows[:, None], position=position)
+            )
+        self.plan.advance()
+        keeping = {seam: partial(self.keep, t, of_seam[rows]) for seam, of_seam in self.seams.items()}
+        with hooks.written(self.model, keeping):
+            return planned(self.model, self.plan, tokens, position)[:, -1]
+
+    def keep(self, t: int, mine: Tensor, states: Float[Tensor, "row one d_model"]) -> None:
+        """Keep what a block wrote at token `t` for the rows that ask for this block."""
+        assert self.written is not None
+        self.written[self.alive[mine], t] = states[mine, 0]

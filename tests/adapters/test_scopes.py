@@ -29,26 +29,31 @@ def drawn(model: LanguageModel, scope: Scope, seed: int = 0) -> SteeringVectors:
 @pytest.mark.parametrize(
     ("scope", "expected"),
     [
-        (Scope.all(), ["..111111", "11111111"]),
-        (Scope.prompt(), ["..111...", "11111..."]),
-        (Scope.generated(), [".....111", ".....111"]),
-        (Scope.positions(0, 1), ["..1.....", "1......."]),
-        (Scope.positions(2, 4), ["....11..", "..11...."]),
-        (Scope.positions(4), ["......11", "....1111"]),
-        (Scope.predicting(0, 1), ["....1...", "....1..."]),
-        (Scope.predicting(1, 3), [".....11.", ".....11."]),
-        (Scope.predicting(2), ["......11", "......11"]),
-        (Scope.after(9), ["....1111", ".......1"]),
+        (Scope.all(), ["111111..", "11111111"]),
+        (Scope.prompt(), ["111000..", "11111000"]),
+        (Scope.generated(), ["000111..", "00000111"]),
+        (Scope.positions(0, 1), ["100000..", "10000000"]),
+        (Scope.positions(2, 4), ["001100..", "00110000"]),
+        (Scope.positions(4), ["000011..", "00001111"]),
+        (Scope.predicting(0, 1), ["001000..", "00001000"]),
+        (Scope.predicting(1, 3), ["000110..", "00000110"]),
+        (Scope.predicting(2), ["000011..", "00000011"]),
+        (Scope.after(9), ["001111..", "00000001"]),
     ],
     ids=lambda value: value.kind if isinstance(value, Scope) else "",
 )
 def test_masks_by_hand(scope: Scope, expected: list[str]) -> None:
-    tokens = torch.tensor([[9, 9, 5, 9, 5, 5, 9, 5], [5, 5, 5, 5, 5, 5, 9, 5]])
-    mask = torch.tensor([[False, False, *[True] * 6], [True] * 8])
+    """A dot is where a sequence ends; the prompts have 3 and 5 tokens."""
+    sequences = torch.tensor([[5, 9, 5, 5, 9, 5, 0, 0], [5, 5, 5, 5, 5, 5, 9, 5]])
+    length = torch.tensor([3, 5])
+    sequence, position = torch.meshgrid(torch.arange(2), torch.arange(8), indexing="ij")
     by_hand = torch.tensor([[c == "1" for c in row] for row in expected])
-    layout = Layout(tokens, mask, prompt_slots=5)
-    for n_new in (1, 3, 8):
-        assert torch.equal(scope.mask(layout, n_new), by_hand[:, 8 - n_new :])
+    there = torch.tensor([[c != "." for c in row] for row in expected])
+    whole = scope.mask(Layout(sequences, length, sequence, position))
+    assert torch.equal(whole & there, by_hand)
+    for fed in (torch.tensor([7, 2]), torch.tensor([0, 3, 5])):  # any tokens, in any shape
+        part = scope.mask(Layout(sequences, length, sequence[:, fed].reshape(1, -1), position[:, fed].reshape(1, -1)))
+        assert torch.equal(part, whole[:, fed].reshape(1, -1))
 
 
 def test_more_tokens_fed_than_laid_out_are_refused() -> None:

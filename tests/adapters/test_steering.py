@@ -240,7 +240,8 @@ def test_row_bank_is_separate_runs(family: str) -> None:
         else:
             with chosen.attach(model):
                 alone = model.logits(tokens[i : i + 1])
-        assert torch.allclose(banked[i], alone[0], rtol=0, atol=1e-9), (family, i)
+        atol = 1e-4 if family == "gpt_neo" else 1e-9  # transformers' GPT-Neo attends in fp32 inside an fp64 model
+        assert torch.allclose(banked[i], alone[0], rtol=0, atol=atol), (family, i)
 
 
 def test_gradient_through_a_row_bank() -> None:

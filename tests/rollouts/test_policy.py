@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
 import torch
 
-from steerlab.adapters import Layout, Scope, SteeringVectors
+from steerlab.adapters import Layout, RowBank, Scope, SteeringVectors
 from steerlab.batches import RolloutBatch
 from steerlab.models import LanguageModel, Site, tiny
 from steerlab.rollouts import Completions, Policy, Rows, Sampling
@@ -165,3 +166,83 @@ def test_reference() -> None:
         Policy(model, mine, mine).reference_logprobs(batch), Policy(model, mine).logprobs(batch).detach()
     )
     assert (to_base - to_other).abs().max() > 1e-2
+
+
+def grads_of(policy: Policy, batch: RolloutBatch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Log-probabilities and the gradient of a weighted sum of them."""
+    weights = torch.randn(batch.logprobs.shape, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    parameters = list(policy.adapter.parameters())
+    for parameter in parameters:
+        parameter.grad = None
+    said = policy.logprobs(batch)
+    (said * weights).sum().backward()
+    return said.detach(), [p.grad.clone() for p in parameters]
+
+
+LAYERS = {"all": (0, 1, 2, 3), "from 1": (1, 3), "one": (2,), "last": (3,)}
+
+
+@pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "gpt_neo", "gpt_neox"])
+def test_begun_where_training_begins_is_the_whole(family: str, layers: tuple[int, ...]) -> None:
+    model = tiny_model(family, torch.float64)
+    policy = Policy(model, drawn(model).select(layers))
+    rows = Rows.grid([0, 1, 2], 3)
+    out = policy.sample(PROMPTS, rows, SAMPLING, seed=1, max_rows=5, keep=True)
+    kept = out.kept(policy.adapter.first_block, len(PROMPTS))
+    assert kept is not None and kept.block == layers[0] + 1
+    whole = as_batch(PROMPTS, rows, out, SAMPLING.temperature)
+    begun = replace(whole, kept=kept)
+    (a, a_grads), (b, b_grads) = grads_of(policy, whole), grads_of(policy, begun)
+    assert torch.allclose(a, b, rtol=0, atol=1e-9)
+    for x, y in zip(a_grads, b_grads, strict=True):
+        assert torch.allclose(x, y, rtol=0, atol=1e-8)
+    chosen = torch.tensor([8, 1, 3])
+    part, _ = grads_of(policy, begun.select(chosen))
+    assert torch.allclose(part, grads_of(policy, whole.select(chosen))[0], rtol=0, atol=1e-9)
+    assert torch.allclose(policy.reference_logprobs(begun), policy.reference_logprobs(whole), rtol=0, atol=1e-9)
+
+
+def test_kept_states_are_not_used_above_an_adapter() -> None:
+    """Kept below layer 3, but layer 1 is trained too: the pass begins at the bottom."""
+    model = tiny_model("llama", torch.float64)
+    rows = Rows.grid([0, 1, 2], 2)
+    out = Policy(model, drawn(model).select((3,))).sample(PROMPTS, rows, SAMPLING, seed=1, keep=True)
+    batch = as_batch(PROMPTS, rows, out, SAMPLING.temperature)
+    wide = Policy(model, drawn(model).select((1, 3)))
+    begun = replace(batch, kept=out.kept(4, len(PROMPTS)))
+    assert torch.equal(wide.logprobs(begun), wide.logprobs(batch))
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_shared_prompts_have_the_loss_and_gradients_of_duplicated_ones(family: str) -> None:
+    model = tiny_model(family, torch.float64)
+    policy = Policy(model, drawn(model))
+    shared = sampled(policy)
+    copied = replace(
+        shared, prompts=tuple(shared.prompts[g] for g in shared.group.tolist()), group=torch.arange(len(shared))
+    )
+    (a, a_grads), (b, b_grads) = grads_of(policy, shared), grads_of(policy, copied)
+    assert torch.allclose(a, b, rtol=0, atol=1e-9)
+    # transformers' RMS norms work in fp32 inside an fp64 model, so their gradients are rounded there
+    atol = 1e-8 if family in ("gpt2", "gpt_neo", "gpt_neox") else 1e-5
+    for x, y in zip(a_grads, b_grads, strict=True):
+        assert torch.allclose(x, y, rtol=0, atol=atol)
+
+
+def test_members_of_a_bank_keep_their_own_states() -> None:
+    """Sampled together, each member's update begins at its own block and says what it says alone."""
+    model = tiny_model("llama", torch.float64)
+    first, second, third = (drawn(model, seed=seed).select((layer,)) for seed, layer in ((1, 2), (2, 0), (3, 3)))
+    sets = [first, None, second, third]
+    rows = Rows.grid([0, 1, 2], 2, members=len(sets))
+    out = Policy(model, RowBank(sets)).sample(PROMPTS, rows, SAMPLING, seed=1, keep=True)
+    for member, vectors in enumerate(sets):
+        if vectors is None:
+            continue
+        mine = torch.nonzero(rows.member == member).flatten()
+        batch = as_batch(PROMPTS, rows, out, SAMPLING.temperature)
+        begun = replace(batch, kept=out.kept(vectors.first_block, len(PROMPTS), member)).select(mine)
+        alone = Policy(model, vectors)
+        assert torch.allclose(alone.logprobs(begun), alone.logprobs(batch.select(mine)), rtol=0, atol=1e-9)
+        assert torch.allclose(alone.logprobs(begun).detach(), begun.logprobs, rtol=0, atol=1e-9)

@@ -1,6 +1,7 @@
-"""Steering vectors on disk: `save` and `load` choose the format by the file's suffix; one module per format.
+"""Adapters on disk: the format is chosen by what is saved and by the file's suffix; one module per format.
 
-`.safetensors` is our own (provenance and checksum); `.npy` is the papers' authors'. Nothing here loads a pickle.
+Steering vectors: `.safetensors` is our own (provenance and checksum), `.npy` the papers' authors'. A LoRA is a folder
+as PEFT has it. Nothing here loads a pickle.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from steerlab.adapters.formats import npy, own
+from steerlab.adapters.adapter import Adapter
+from steerlab.adapters.formats import npy, own, peft
 from steerlab.adapters.formats.own import Provenance
+from steerlab.adapters.lora import LoRAWeights
+from steerlab.adapters.steering import SteeringVectors
 from steerlab.errors import UsageError
 
 if TYPE_CHECKING:
-    from steerlab.adapters.steering import SteeringVectors
     from steerlab.models import LanguageModel
 
-__all__ = ["FORMATS", "Format", "Provenance", "load", "save"]
+__all__ = ["FORMATS", "Format", "Provenance", "file_name", "is_peft", "load", "load_adapter", "provenance", "save"]
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,50 @@ class Format:
 
 
 FORMATS = {".safetensors": Format(own.save, own.load), ".npy": Format(npy.save, npy.load)}
+FILE_NAMES: dict[type, str] = {SteeringVectors: "vectors.safetensors", LoRAWeights: "adapter"}
 
 
-def save(path: str | Path, vectors: SteeringVectors, provenance: Provenance) -> None:
-    """Writes the whole file or nothing. Raises UsageError if the format cannot hold these vectors."""
+def file_name(adapter: Adapter) -> str:
+    """What a run calls the file or folder of this adapter. Raises UsageError for a kind that has no format."""
+    if type(adapter) not in FILE_NAMES:
+        raise no_format(adapter)
+    return FILE_NAMES[type(adapter)]
+
+
+def no_format(adapter: Adapter) -> UsageError:
+    return UsageError(f"{type(adapter).__name__} has no file format; the run's checkpoint holds its tensors")
+
+
+def save(path: str | Path, adapter: Adapter, provenance: Provenance) -> None:
+    """Writes a file of vectors, or a folder for a LoRA; whole or not at all.
+
+    Raises UsageError if the format cannot hold this adapter.
+    """
     path = Path(path)
-    _format(path).save(path, vectors, provenance)
+    if isinstance(adapter, LoRAWeights):
+        peft.save(path, adapter, provenance)
+    elif isinstance(adapter, SteeringVectors):
+        _format(path).save(path, adapter, provenance)
+    else:
+        raise no_format(adapter)
+
+
+def load_adapter(
+    path: str | Path, model: LanguageModel | None = None, allow_other_weights: bool = False
+) -> SteeringVectors | LoRAWeights:
+    """What `load` gives for a file, and for a folder of PEFT a LoRA, checked in the same way."""
+    path = Path(path)
+    return peft.load(path, model, allow_other_weights) if path.is_dir() else load(path, model, allow_other_weights)
+
+
+def is_peft(path: str | Path) -> bool:
+    """Whether this is a folder with an adapter of PEFT."""
+    return (Path(path) / peft.CONFIG).is_file()
+
+
+def provenance(path: str | Path) -> Provenance:
+    """Which model an adapter that we wrote belongs to. Raises UsageError where the file does not say."""
+    return peft.provenance(path) if Path(path).is_dir() else own.provenance(path)
 
 
 def load(path: str | Path, model: LanguageModel | None = None, allow_other_weights: bool = False) -> SteeringVectors:

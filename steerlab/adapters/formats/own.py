@@ -73,7 +73,7 @@ def save(path: Path, vectors: SteeringVectors, provenance: Provenance) -> None:
         "token_scope": json.dumps(dataclasses.asdict(vectors.scope), sort_keys=True),
         "tensors_sha256": tensors_sha256(tensors),
     }
-    atomic_write(path, _with_metadata(to_bytes(tensors), metadata))
+    atomic_write(path, with_metadata(to_bytes(tensors), metadata))
 
 
 def load(path: Path, model: LanguageModel | None = None, allow_other_weights: bool = False) -> SteeringVectors:
@@ -83,21 +83,21 @@ def load(path: Path, model: LanguageModel | None = None, allow_other_weights: bo
     not have, and a model of other sizes or (unless `allow_other_weights`) other weights.
     """
     metadata, tensors = _read(path)
-    origin = _provenance(path, metadata)
+    origin = origin_in(path, metadata)
     scope = _scope(path, metadata)
     vectors = {_site(path, name, origin.n_layers): tensor for name, tensor in tensors.items()}
     if model is not None:
-        _compare(path, origin, model, allow_other_weights)
+        refuse_other_model(path, origin, model, allow_other_weights)
     return SteeringVectors(vectors, scope)
 
 
 def provenance(path: str | Path) -> Provenance:
     """Where the vectors of a file come from. Raises UsageError as `load` does."""
     metadata, _ = _read(Path(path))
-    return _provenance(Path(path), metadata)
+    return origin_in(Path(path), metadata)
 
 
-def _with_metadata(blob: bytes, metadata: Mapping[str, str]) -> bytes:
+def with_metadata(blob: bytes, metadata: Mapping[str, str]) -> bytes:
     """The same safetensors file with this metadata, keys in order. Layout: 8 bytes of length, JSON header, tensors."""
     end = 8 + int.from_bytes(blob[:8], "little")
     header = json.loads(blob[8:end]) | {"__metadata__": metadata}
@@ -126,7 +126,8 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     return metadata, tensors
 
 
-def _provenance(path: Path, metadata: Mapping[str, str]) -> Provenance:
+def origin_in(path: Path, metadata: Mapping[str, str]) -> Provenance:
+    """The provenance that a file's metadata states. Raises UsageError where it is missing or no provenance."""
     values: dict[str, Any] = {f.name: metadata[f.name] for f in dataclasses.fields(Provenance) if f.name in metadata}
     try:
         for name in {"d_model", "n_layers", "seed"} & values.keys():
@@ -158,7 +159,8 @@ def _site(path: Path, name: str, n_layers: int) -> Site:
     return site
 
 
-def _compare(path: Path, origin: Provenance, model: LanguageModel, allow_other_weights: bool) -> None:
+def refuse_other_model(path: Path, origin: Provenance, model: LanguageModel, allow_other_weights: bool) -> None:
+    """Raise UsageError for a model of other sizes or (unless `allow_other_weights`) other weights than `origin`."""
     for name, theirs, ours in [
         ("d_model", origin.d_model, model.d_model),
         ("n_layers", origin.n_layers, model.n_layers),
