@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from steerlab.adapters import Steering, SteeringVectors
+    from steerlab.adapters import LoRA, Steering, SteeringVectors
     from steerlab.adapters.formats import load as load_vectors
     from steerlab.errors import RunFailed, UsageError
     from steerlab.execute import execute as train
@@ -27,6 +27,7 @@ _HOMES = {
     "Evaluation": "steerlab.rollouts:Evaluation",
     "Experiment": "steerlab.training:Experiment",
     "LanguageModel": "steerlab.models:LanguageModel",
+    "LoRA": "steerlab.adapters:LoRA",
     "Policy": "steerlab.rollouts:Policy",
     "RECIPES": "steerlab.recipes:RECIPES",
     "Run": "steerlab.runs:Run",
@@ -52,6 +53,7 @@ __all__ = [
     "Evaluation",
     "Experiment",
     "LanguageModel",
+    "LoRA",
     "Policy",
     "Run",
     "RunFailed",

@@ -56,6 +56,11 @@ class Progress:
             self.live.start()
         self.live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
 
+    def notice(self, text: str) -> None:
+        """Something that a person should know and need not act on."""
+        self.settle()
+        self.say(text)
+
     def answered(self, condition: str, completions: int) -> None:
         """One condition of an evaluation is finished."""
         self.settle()

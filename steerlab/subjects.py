@@ -1,4 +1,4 @@
-"""What a command is about: a run, a file of vectors, or a model alone; brought to a loaded model and its vectors."""
+"""What a command is about: a run, a file of vectors, or a model alone; brought to a loaded model and its adapter."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from steerlab.adapters import SteeringVectors, formats
-from steerlab.adapters.formats import own
+from steerlab.adapters import LoRAWeights, SteeringVectors, formats
 from steerlab.errors import UsageError
-from steerlab.execute import Reporter, answer, dtype_of
+from steerlab.execute import Reporter, adapter_path, answer, dtype_of
 from steerlab.models import LanguageModel, load
 from steerlab.rollouts import Evaluation
 from steerlab.runs import Run
@@ -23,11 +22,18 @@ from steerlab.training import Experiment
 
 @dataclass(frozen=True)
 class Subject:
-    """vectors: None for a model alone. run: None where there is no run folder."""
+    """adapter: None for a model alone. run: None where there is no run folder."""
 
     model: LanguageModel
-    vectors: SteeringVectors | None
+    adapter: SteeringVectors | LoRAWeights | None
     run: Run | None
+
+    @property
+    def vectors(self) -> SteeringVectors:
+        """What can be read as vectors. Raises UsageError for any other adapter, and for none."""
+        if isinstance(self.adapter, SteeringVectors):
+            return self.adapter
+        raise UsageError(f"{self.adapter or self.model} has no steering vectors to read; give a run that trained some")
 
     @property
     def experiment(self) -> Experiment | None:
@@ -37,26 +43,26 @@ class Subject:
 
 
 def subject(target: str, model: str = "", dtype: str = "auto", allow_other_weights: bool = False) -> Subject:
-    """`target`: a run folder, a file of vectors, or "" for the model alone. `model`: a name of `models.load`; by
-    default the one the vectors were trained on. Raises UsageError for whatever cannot be had.
+    """`target`: a run folder, a file of vectors, a folder of PEFT, or "" for the model alone. `model`: a name of
+    `models.load`; by default the one the adapter was trained on. Raises UsageError for whatever cannot be had.
     """
     if not target:
         if not model:
             raise UsageError("nothing to work on; give a run folder, a file of vectors, or --model NAME")
         return Subject(_load(model, dtype), None, None)
     path = Path(target)
-    run = None if path.suffix in formats.FORMATS else Run.open(path)
-    vectors_path = path if run is None else run.vectors_path
-    if run is not None and not vectors_path.exists():
+    run = None if path.suffix in formats.FORMATS or formats.is_peft(path) else Run.open(path)
+    saved = path if run is None else adapter_path(run)
+    if saved is None:
         raise UsageError(f"{path} has no vectors yet; finish it with: steerlab resume {path}")
     if path.suffix == ".npy":
         if not model:
             raise UsageError(f"{path} does not say which model it belongs to; add --model NAME")
         name = model
     else:
-        name = model or own.provenance(vectors_path).model
+        name = model or formats.provenance(saved).model
     handle = load(name, dtype=dtype_of(run)) if run is not None and dtype == "auto" else _load(name, dtype)
-    return Subject(handle, formats.load(vectors_path, handle, allow_other_weights), run)
+    return Subject(handle, formats.load_adapter(saved, handle, allow_other_weights), run)
 
 
 def _load(name: str, dtype: str) -> LanguageModel:
@@ -86,8 +92,8 @@ def answer_about(
     if asked is None:
         raise UsageError("no task to evaluate on; add --task NAME")
     conditions = evaluation.baselines(asked)
-    if about.vectors is not None:
-        conditions["steered"] = evaluation.steered(asked, about.vectors)
+    if about.adapter is not None:
+        conditions["steered"] = evaluation.steered(asked, about.adapter)
     described = {"model": about.model.name, "task": asked, "evaluation": evaluation, "seeds": tuple(seeds)}
     run, label = about.run, "@" + re.sub(r"[^A-Za-z0-9_.+-]", "-", Path(asked.name).name)
     if out:

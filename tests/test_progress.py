@@ -70,6 +70,15 @@ def test_a_terminal_gets_one_line_that_is_redrawn() -> None:
     assert "step 5/5" in shown
 
 
+def test_a_notice_is_a_line_of_its_own() -> None:
+    file = io.StringIO()
+    with Progress(Console(file=file, force_terminal=True, width=120)) as progress:
+        progress.step(StepDone(0, 5, METRICS))
+        progress.notice("at most 512 tokens at a time from now on")
+        progress.step(StepDone(1, 5, METRICS))
+    assert "at most 512 tokens at a time from now on\n" in file.getvalue()
+
+
 def test_the_pace_is_that_of_the_last_steps() -> None:
     file = io.StringIO()
     progress = Progress(Console(file=file, width=200))

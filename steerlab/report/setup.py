@@ -21,7 +21,7 @@ _COSTS = {
     "tokens_completion": ("completion tokens", ""),
     "trained_parameters": ("trained parameters", ""),
     "optimiser_bytes": ("optimiser state", "B"),
-    "exchanged_bytes": ("gradients a distributed run would send, in total", "B"),
+    "exchanged_bytes": ("gradients that each process sent, in total", "B"),
     "peak_memory_bytes": ("peak memory of the process", "B"),
 }
 

@@ -6,7 +6,7 @@ A package rather than one file: four small concepts (atomic files, the codec, th
 from steerlab.runs.codec import decode, encode
 from steerlab.runs.cost import CostLedger
 from steerlab.runs.files import atomic_path, atomic_write
-from steerlab.runs.machine import environment, give_back_memory
+from steerlab.runs.machine import environment, free_memory_bytes, give_back_memory
 from steerlab.runs.run import Run, RunStore, tensors_sha256
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "decode",
     "encode",
     "environment",
+    "free_memory_bytes",
     "give_back_memory",
     "tensors_sha256",
 ]

@@ -14,7 +14,8 @@ from steerlab.errors import unknown
 class CostLedger:
     """What a run cost so far. Seconds are wall clock; bytes of optimiser state are a level, exchanged bytes a sum.
 
-    `exchanged_bytes` is what a distributed run would send for the trained numbers (4 bytes each, once per step).
+    `exchanged_bytes` is what each process sent of gradients to the others; a process that trains alone sends none.
+    Seconds, memory and bytes are those of the process that writes the run, tokens those of all.
     """
 
     rollout_s: float = 0.0

@@ -71,6 +71,30 @@ def _memory_bytes() -> int | None:
     return None
 
 
+def free_memory_bytes(gpu: int | None = None) -> int | None:
+    """Bytes that this process could still take: of the memory of GPU number `gpu`, else of the machine's, within the
+    limit of its control group. None where the system does not say.
+    """
+    if gpu is not None:
+        import torch
+
+        free, _ = torch.cuda.mem_get_info(gpu)
+        return free + torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(min(1024 * int(line.split()[1]), _control_group_room()))
+    return None
+
+
+def _control_group_room(folder: Path = Path("/sys/fs/cgroup")) -> float:
+    """What a container's limit leaves, infinite without one."""
+    with contextlib.suppress(OSError, ValueError):
+        limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
+        return float(max(0, limit - used))
+    return float("inf")
+
+
 def give_back_memory() -> None:
     """Return freed memory to the system (glibc keeps it: a run's resident size would grow to twice what it needs)."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None

@@ -1,6 +1,6 @@
 """The run folder.
 
-    manifest.json  metrics.jsonl  rollouts.jsonl  checkpoint.safetensors  vectors.safetensors
+    manifest.json  metrics.jsonl  rollouts.jsonl  checkpoint.safetensors  vectors.safetensors (or adapter/)
     tables/*.parquet  figures/*  report.html
 
 The manifest holds the experiment (see `codec`), the environment and whatever the caller states. A checkpoint is ONE

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-from steerlab.adapters import Steering
+from steerlab.adapters import AdapterSpec
 from steerlab.errors import UsageError
 from steerlab.objectives import Objective
 from steerlab.rollouts import Evaluation, Policy
@@ -17,6 +17,7 @@ from steerlab.runs import CostLedger
 from steerlab.tasks import Task
 from steerlab.training.sources import Source
 from steerlab.training.updaters import AdamW
+from steerlab.training.world import ALONE, World
 
 
 @runtime_checkable
@@ -26,17 +27,17 @@ class SourceSpec(Protocol):
     @property
     def task(self) -> Task: ...
 
-    def open(self, policy: Policy, seed: int, ledger: CostLedger) -> Source: ...
+    def open(self, policy: Policy, seed: int, ledger: CostLedger, world: World = ALONE) -> Source: ...
 
 
 @dataclass(frozen=True)
 class Experiment:
     """recipe: the name it was made under. model, dtype: what `models.load` takes. steps: updates. seed: of every draw.
-    token_budget: padded tokens per micro-batch, which bounds memory."""
+    token_budget: tokens per micro-batch, which bounds memory; None: see `training/memory.py`."""
 
     recipe: str
     model: str
-    adapter: Steering
+    adapter: AdapterSpec
     source: SourceSpec
     objective: Objective
     updater: AdamW
@@ -44,10 +45,10 @@ class Experiment:
     steps: int
     seed: int = 0
     dtype: str = "auto"
-    token_budget: int = 1024
+    token_budget: int | None = None
 
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise UsageError(f"steps is {self.steps}; a run needs at least 1")
-        if self.token_budget < 1:
+        if self.token_budget is not None and self.token_budget < 1:
             raise UsageError(f"token_budget is {self.token_budget}; it must be positive")

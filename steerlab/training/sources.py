@@ -1,7 +1,8 @@
 """Where batches come from. `Rollouts`: the policy answers problems of a task and the task judges the answers.
 
 The problems of a step are a function of the seed and the step alone (shuffled epochs), and so is every random draw,
-which is why a resumed run needs no state from here.
+which is why a resumed run needs no state from here. A step comes in two halves, what is to be sampled and what becomes
+of it, so that whoever samples may be another: several runs decoded as one batch, for instance.
 """
 
 from __future__ import annotations
@@ -14,10 +15,31 @@ import torch
 
 from steerlab.batches import RolloutBatch
 from steerlab.errors import UsageError
-from steerlab.rollouts import Policy, Rows, Sampling
+from steerlab.rollouts import Completions, Policy, Rows, Sampling
 from steerlab.rollouts.sampler import check_fit
 from steerlab.runs import CostLedger
 from steerlab.tasks import Problem, Task, encode
+from steerlab.training.world import ALONE, World
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What a step adds up to, or one process's share of it, so that shares can be added.
+
+    ratios: name of a metric → (sum, count). prompt_tokens, completion_tokens: as the cost ledger counts them.
+    """
+
+    ratios: dict[str, tuple[float, float]]
+    prompt_tokens: int
+    completion_tokens: int
+
+    def __add__(self, other: Tally) -> Tally:
+        ratios = {name: (a + other.ratios[name][0], n + other.ratios[name][1]) for name, (a, n) in self.ratios.items()}
+        return Tally(ratios, self.prompt_tokens + other.prompt_tokens, self.completion_tokens + other.completion_tokens)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return {name: total / n for name, (total, n) in self.ratios.items()}
 
 
 @dataclass(frozen=True)
@@ -25,13 +47,52 @@ class Drawn:
     """A batch and what a person may want to see of it: numbers for the metrics, texts for the log."""
 
     batch: RolloutBatch
-    metrics: dict[str, float]
+    tally: Tally
     texts: list[dict[str, object]] = field(default_factory=list)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Metrics of this batch alone."""
+        return self.tally.metrics
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be sampled in a step: the arguments of `Policy.sample`, and which problem each prompt asks.
+
+    prompts, problems: token ids and what they ask, one entry per group. rows: completions wanted, by prompt. keep: also
+    hidden states below the lowest trained layer, for an update that begins there.
+    """
+
+    problems: tuple[Problem, ...]
+    prompts: tuple[tuple[int, ...], ...]
+    rows: Rows
+    sampling: Sampling
+    seed: int
+    step: int
+    max_rows: int
+    keep: bool = False
+
+    def sample(self, policy: Policy) -> Completions:
+        """What `policy` answers."""
+        return policy.sample(
+            self.prompts,
+            self.rows,
+            self.sampling,
+            seed=self.seed,
+            step=self.step,
+            max_rows=self.max_rows,
+            keep=self.keep,
+        )
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Makes the batch of a step."""
+    """Makes the batch of a step, at once or in two halves: `next` is `receive` of what its own policy answers."""
+
+    def request(self, step: int) -> Request: ...
+
+    def receive(self, step: int, request: Request, completions: Completions) -> Drawn: ...
 
     def next(self, step: int) -> Drawn: ...
 
@@ -58,22 +119,30 @@ class Rollouts:
                 "temperature is 0 (greedy): all samples of a prompt are the same; train at a temperature above 0"
             )
 
-    def open(self, policy: Policy, seed: int, ledger: CostLedger) -> RolloutSource:
-        """The source of one run. Raises UsageError if the task has no training problems or a prompt does not fit."""
-        return RolloutSource(self, policy, seed, ledger)
+    def open(self, policy: Policy, seed: int, ledger: CostLedger, world: World = ALONE) -> RolloutSource:
+        """The source of one run; in a world of several processes, of this process's share of every step's prompts.
+
+        Raises UsageError if the task has no training problems, a prompt does not fit, or a process would have none.
+        """
+        return RolloutSource(self, policy, seed, ledger, world)
 
 
 class RolloutSource:
     """`Rollouts` at work with one policy."""
 
-    def __init__(self, spec: Rollouts, policy: Policy, seed: int, ledger: CostLedger) -> None:
-        self.spec, self.policy, self.seed, self.ledger = spec, policy, seed, ledger
+    def __init__(self, spec: Rollouts, policy: Policy, seed: int, ledger: CostLedger, world: World = ALONE) -> None:
+        self.spec, self.policy, self.seed, self.ledger, self.world = spec, policy, seed, ledger, world
+        if spec.prompts < world.size:
+            raise UsageError(
+                f"{spec.prompts} prompts per step are too few for {world.size} processes; start at most {spec.prompts}"
+            )
         self.problems = spec.task.problems("train")
         if not self.problems:
             raise UsageError(f"task {spec.task.name} has no training problems; give it a larger train size")
         self.n_names = 1 + max(p.id for p in self.problems)
         self.encoded = [tuple(encode(spec.task.prompt(p), policy.model.tokenizer)) for p in self.problems]
         check_fit(policy.model, self.encoded, spec.sampling)
+        self.first_block = 0 if policy.adapter is None else policy.adapter.first_block
 
     def chosen(self, step: int) -> list[int]:
         """Indices of the problems of a step: consecutive pieces of epochs, each epoch shuffled anew."""
@@ -82,50 +151,71 @@ class RolloutSource:
         orders = {int(e): np.random.default_rng([self.seed, int(e)]).permutation(n) for e in set(places // n)}
         return [int(orders[int(place // n)][place % n]) for place in places]
 
-    def next(self, step: int) -> Drawn:
-        """Sample, judge, pack."""
+    def request(self, step: int) -> Request:
+        """The problems of a step (of this process's share of it) and the completions wanted of each."""
         chosen = self.chosen(step)
-        problems, prompts = [self.problems[i] for i in chosen], tuple(self.encoded[i] for i in chosen)
         # A problem that comes twice in one step (few problems) must not get the same completions twice.
-        names = [
-            p.id + self.n_names * chosen[:i].count(c) for i, (p, c) in enumerate(zip(problems, chosen, strict=True))
-        ]
-        rows = Rows.grid(names, self.spec.samples)
-        with self.ledger.time("rollout_s"):
-            done = self.policy.sample(
-                prompts, rows, self.spec.sampling, seed=self.seed, step=step, max_rows=self.spec.max_rows
-            )
-        tokens = [done.tokens[i, : done.lengths[i]].tolist() for i in range(len(rows))]
+        names = [self.problems[c].id + self.n_names * chosen[:i].count(c) for i, c in enumerate(chosen)]
+        mine = self.world.share(chosen)
+        return Request(
+            problems=tuple(self.problems[c] for c in mine),
+            prompts=tuple(self.encoded[c] for c in mine),
+            rows=Rows.grid(self.world.share(names), self.spec.samples),
+            sampling=self.spec.sampling,
+            seed=self.seed,
+            step=step,
+            max_rows=self.spec.max_rows,
+            keep=self.first_block > 0,
+        )
+
+    def receive(self, step: int, request: Request, completions: Completions) -> Drawn:
+        """Judge and pack."""
+        rows = request.rows
+        tokens = [completions.tokens[i, : completions.lengths[i]].tolist() for i in range(len(rows))]
         texts = self.policy.model.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-        asked = [problems[i] for i in rows.prompt.tolist()]
+        asked = [request.problems[i] for i in rows.prompt.tolist()]
         with self.ledger.time("reward_s"):
             judged = self.spec.task.judge(asked, texts)
         rewards = torch.tensor([j.reward for j in judged], dtype=torch.float32)
         correct = torch.tensor([j.correct for j in judged])
-        self.ledger.add(tokens_prompt=sum(map(len, prompts)), tokens_completion=int(done.lengths.sum()))
         batch = RolloutBatch(
-            prompts=prompts,
+            prompts=request.prompts,
             group=rows.prompt,
-            completions=done.tokens,
-            lengths=done.lengths,
-            logprobs=done.logprobs,
+            completions=completions.tokens,
+            lengths=completions.lengths,
+            logprobs=completions.logprobs,
             rewards=rewards,
             correct=correct,
-            temperature=self.spec.sampling.temperature,
+            temperature=request.sampling.temperature,
+            kept=completions.kept(self.first_block, len(request.prompts)) if request.keep else None,
         )
-        return Drawn(batch, self.measured(batch, done.finished), told(step, asked, rows, texts, rewards, correct))
+        return Drawn(batch, tally(batch, completions.finished), told(step, asked, rows, texts, rewards, correct))
 
-    def measured(self, batch: RolloutBatch, finished: torch.Tensor) -> dict[str, float]:
-        """What the learning curve shows. `signal_share`: groups whose rewards are not all equal."""
-        by_group = batch.rewards.view(len(batch.prompts), -1)
-        return {
-            "reward": float(batch.rewards.mean()),
-            "correct": float(batch.correct.float().mean()),
-            "signal_share": float((by_group != by_group[:, :1]).any(1).float().mean()),
-            "entropy_nats": float(-batch.logprobs.sum() / batch.n_tokens),
-            "completion_tokens": float(batch.lengths.float().mean()),
-            "finished_share": float(finished.float().mean()),
-        }
+    def next(self, step: int) -> Drawn:
+        """Sample, judge, pack."""
+        request = self.request(step)
+        with self.ledger.time("rollout_s"):
+            completions = request.sample(self.policy)
+        return self.receive(step, request, completions)
+
+
+def tally(batch: RolloutBatch, finished: torch.Tensor) -> Tally:
+    """What the learning curve shows. `signal_share`: groups whose rewards are not all equal."""
+    n, n_tokens = float(len(batch)), float(batch.n_tokens)
+    by_group = batch.rewards.view(len(batch.prompts), -1)
+    signal = (by_group != by_group[:, :1]).any(1)
+    return Tally(
+        ratios={
+            "reward": (float(batch.rewards.double().sum()), n),
+            "correct": (float(batch.correct.sum()), n),
+            "signal_share": (float(signal.sum()), float(len(signal))),
+            "entropy_nats": (-float(batch.logprobs.double().sum()), n_tokens),
+            "completion_tokens": (n_tokens, n),
+            "finished_share": (float(finished.sum()), n),
+        },
+        prompt_tokens=sum(map(len, batch.prompts)),
+        completion_tokens=batch.n_tokens,
+    )
 
 
 def told(

@@ -4,25 +4,37 @@ A run's whole random state is (seed, step), because every draw is a function of 
 the optimiser and the counters, written after every step in one atomic file. A run killed at any moment goes on
 from the last finished step and ends with the same bytes. What could change the bytes (dtype, threads, micro-batch
 budget) is fixed at step 0 in the manifest and used again on resume.
-Left out, for the engine to come: several processes, halving the micro-batch when memory runs out.
+
+`fit` is `begin` and then `learn` for what the source draws, step by step; whoever samples for several runs at once
+calls them himself. In a world of several processes each has its share of a step; what they exchange is said in
+`world.py`, and all of them take the same optimiser step. When memory runs out in the update, the micro-batch is halved
+and the update of the same batch begun again.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from steerlab.adapters import Adapter
 from steerlab.batches import RolloutBatch
-from steerlab.errors import RunFailed
+from steerlab.errors import RunFailed, UsageError
+from steerlab.models.packed import measured_choice, possible
 from steerlab.rollouts import Policy
 from steerlab.runs import CostLedger, Run, give_back_memory
+from steerlab.training import memory
 from steerlab.training.experiment import Experiment
+from steerlab.training.sharding import Shards
+from steerlab.training.sources import Drawn, Source, Tally
+from steerlab.training.world import ALONE, World
 
 EMA_STEPS = 10
 
@@ -38,39 +50,60 @@ class StepDone:
 
 @dataclass
 class Trainer:
-    """Fits `policy.adapter` by `experiment`, keeping everything in `run`."""
+    """Fits `policy.adapter` by `experiment`, keeping everything in `run` (which only the world's leader writes).
+
+    shards: the model's weights in pieces, where they are; the policy is then a `ShardedPolicy`.
+    on_step: hears of every step. on_notice: hears, in one line, of what a person should know and need not act on.
+    """
 
     experiment: Experiment
     policy: Policy
     run: Run
     on_step: Callable[[StepDone], None] | None = None
     ledger: CostLedger = field(default_factory=CostLedger)
+    world: World = ALONE
+    on_notice: Callable[[str], None] | None = None
+    shards: Shards | None = None
 
     def fit(self) -> Adapter:
         """Train from the last checkpoint (or from the start) to the end; returns the adapter.
 
-        Raises RunFailed on a non-finite loss; the last good checkpoint stays.
+        Raises RunFailed on a non-finite loss, or if memory does not suffice for one completion; the last good
+        checkpoint stays.
         """
-        experiment, adapter = self.experiment, self.adapter
-        self.updater = experiment.updater.open(adapter.parameters(), experiment.steps)
+        for step in range(self.begin(), self.experiment.steps):
+            self.learn(step, self.source.next(step))
+        return self.adapter
+
+    def begin(self) -> int:
+        """Open updater and source and put the last checkpoint back. Returns the first step to do."""
+        experiment = self.experiment
+        self.updater = experiment.updater.open(self.adapter.parameters(), experiment.steps)
+        self.token_budget = self.engine()["token_budget"]
         start, self.reward_ema = self.resume()
-        source = experiment.source.open(self.policy, experiment.seed, self.ledger)
-        for step in range(start, experiment.steps):
-            began = time.perf_counter()
-            drawn = source.next(step)
-            with self.ledger.time("update_s"):
-                learned = self.update(step, experiment.objective.prepare(drawn.batch))
-            self.count()
-            give_back_memory()
-            metrics = {**drawn.metrics, **learned, "reward_ema": self.smoothed(drawn.metrics["reward"])}
-            wall = time.perf_counter() - began
-            metrics |= {"tokens_per_s": drawn.batch.n_tokens / wall, "wall_s": wall}
-            self.run.log_rollouts(drawn.texts)
+        self.source: Source = experiment.source.open(self.policy, experiment.seed, self.ledger, self.world)
+        self.clock = time.perf_counter()
+        return start
+
+    def learn(self, step: int, drawn: Drawn) -> None:
+        """One update from what was drawn for `step`, and all that is kept of it. `wall_s` is since the last step."""
+        with self.ledger.time("update_s"):
+            batch, tally = self.pool(self.experiment.objective.prepare(drawn.batch), drawn.tally)
+            one = drawn.batch.select(torch.tensor([0]))
+            self.spare = replace(one, advantages=torch.zeros(1), denominator=1.0)
+            learned = self.update(step, batch)
+        self.count(tally)
+        give_back_memory()
+        metrics = {**tally.metrics, **learned, "reward_ema": self.smoothed(tally.metrics["reward"])}
+        wall, self.clock = time.perf_counter() - self.clock, time.perf_counter()
+        metrics |= {"tokens_per_s": tally.completion_tokens / wall, "wall_s": wall}
+        texts = self.world.to_leader(drawn.texts)
+        if self.world.leads:
+            self.run.log_rollouts(text for part in texts for text in part)
             self.run.log({"step": step, **metrics})
             self.run.save_checkpoint(step + 1, self.tensors(), self.counters())
-            if self.on_step is not None:
-                self.on_step(StepDone(step, experiment.steps, metrics))
-        return adapter
+        if self.on_step is not None:
+            self.on_step(StepDone(step, self.experiment.steps, metrics))
 
     @property
     def adapter(self) -> Adapter:
@@ -78,19 +111,76 @@ class Trainer:
             raise ValueError("the policy has no adapter to train")
         return self.policy.adapter
 
+    def pool(self, batch: RolloutBatch, tally: Tally) -> tuple[RolloutBatch, Tally]:
+        """This process's share with the denominator of the whole step, and what the whole step adds up to."""
+        parts = self.world.gather((batch.denominator, tally))
+        denominators = [d for d, _ in parts if d is not None]
+        whole = replace(batch, denominator=sum(denominators) if denominators else None)
+        return whole, functools.reduce(operator.add, (t for _, t in parts))
+
     def update(self, step: int, batch: RolloutBatch) -> dict[str, float]:
-        """Gradients over micro-batches, then one optimiser step. A batch without a signal has zero gradient."""
+        """Gradients of all processes together, then one optimiser step. No signal anywhere is a zero gradient."""
+        value, metrics = self.gradients(batch)
+        self.ledger.add(exchanged_bytes=self.world.sum_([p.grad for _, p in self.named() if p.grad is not None]))
+        parts = self.world.gather((value, metrics, self.token_budget))
+        value = sum(v for v, _, _ in parts)
+        self.token_budget = min(budget for _, _, budget in parts)
+        metrics = {name: max(m[name] for _, m, _ in parts if name in m) for _, m, _ in parts for name in m}
+        self.refuse_non_finite(step, value)
+        return {"loss": value, **metrics, **self.updater.update(step)}
+
+    def gradients(self, batch: RolloutBatch) -> tuple[float, dict[str, float]]:
+        """Leave the gradient of a batch in the parameters, in smaller micro-batches if memory runs out; returns the
+        loss and the objective's largest metrics. Raises RunFailed when memory does not suffice for one completion.
+        """
+        while True:
+            try:
+                return self.attempt(batch)
+            except (MemoryError, RuntimeError) as error:
+                if not memory.ran_out(error):
+                    raise
+                if self.shards is not None:
+                    raise RunFailed(
+                        f"memory ran out in the update; with weights in pieces no process can repeat it alone: start a "
+                        f"new run with a token_budget below {self.token_budget:,}"
+                    ) from error
+                said = str(error).partition("\n")[0][:120]
+            self.halve(batch, said)  # outside the handler, whose traceback keeps what the attempt had in memory
+
+    def attempt(self, batch: RolloutBatch) -> tuple[float, dict[str, float]]:
+        """The same with the micro-batches as they are, from zero gradients."""
         value, metrics = 0.0, {}
         for parameter in self.adapter.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        for micro in batch.micro_batches(self.experiment.token_budget):
+        for micro, weight in self.micro_batches(batch):
             loss = self.experiment.objective(self.policy, micro)
-            loss.value.backward()
+            (weight * loss.value).backward()
+            if weight == 0:
+                continue
             value += float(loss.value.detach())
             for name, amount in loss.metrics.items():
                 metrics[name] = max(amount, metrics.get(name, amount))
-        self.refuse_non_finite(step, value)
-        return {"loss": value, **metrics, **self.updater.update(step)}
+        return value, metrics
+
+    def micro_batches(self, batch: RolloutBatch) -> Iterator[tuple[RolloutBatch, float]]:
+        """Pieces of a batch that fit the memory, each with the weight of its loss."""
+        if self.shards is not None:
+            return self.shards.even(batch, self.spare, self.token_budget)
+        return ((micro, 1.0) for micro in batch.micro_batches(self.token_budget))
+
+    def halve(self, batch: RolloutBatch, said: str) -> None:
+        """Take half as many tokens at a time from now on. Raises RunFailed if that is no less than one completion."""
+        if max(len(micro) for micro in batch.micro_batches(self.token_budget)) == 1:
+            raise RunFailed(
+                f"memory ran out on a single completion ({said}); free some and resume, or start a new run with fewer "
+                "new tokens, dtype bf16, higher layers only, or a smaller model"
+            )
+        self.token_budget = max(1, self.token_budget // 2)
+        give_back_memory()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if self.on_notice is not None:
+            self.on_notice(f"memory ran out in the update: at most {self.token_budget:,} tokens at a time from now on")
 
     def refuse_non_finite(self, step: int, value: float) -> None:
         """Stop before a bad gradient reaches the parameters, naming the step and where."""
@@ -115,9 +205,9 @@ class Trainer:
         self.reward_ema = reward if self.reward_ema is None else (1 - share) * self.reward_ema + share * reward
         return self.reward_ema
 
-    def count(self) -> None:
+    def count(self, tally: Tally) -> None:
         """What a step adds to the cost ledger."""
-        self.ledger.add(steps=1, exchanged_bytes=4 * self.adapter.n_parameters)
+        self.ledger.add(steps=1, tokens_prompt=tally.prompt_tokens, tokens_completion=tally.completion_tokens)
         self.ledger.trained_parameters = self.adapter.n_parameters
         self.ledger.optimiser_bytes = self.updater.state_bytes
 
@@ -126,15 +216,48 @@ class Trainer:
         return adapter | {f"optimiser/{name}": t for name, t in self.updater.snapshot().items()}
 
     def counters(self) -> dict[str, object]:
-        return {"reward_ema": self.reward_ema, "cost": self.ledger.to_dict()}
+        return {"reward_ema": self.reward_ema, "token_budget": self.token_budget, "cost": self.ledger.to_dict()}
+
+    def engine(self) -> dict[str, Any]:
+        """How this machine does the work, chosen when the run begins and kept in its manifest from then on.
+
+        token_budget: tokens per micro-batch. processes: how many began the run; a resume may have any number,
+        which changes the rounding of sums and nothing else. products: how matrix products are done while decoding, what
+        the leader measures to be faster (`models/packed.py`); it is also put in force here.
+        """
+        here = self.experiment.token_budget or memory.budget_for(self.policy.model, self.world.local_size)
+        smallest = min(self.world.gather(here))
+
+        def settle() -> dict[str, Any]:
+            if "engine" not in self.run.manifest:
+                whole = self.shards is None
+                choice = measured_choice(self.policy.model) if whole else "plain"
+                chosen = {"token_budget": smallest, "processes": self.world.size, "products": choice}
+                self.run.update(engine=chosen)
+            return self.run.manifest["engine"]
+
+        settled = self.world.from_leader(settle)
+        model = self.policy.model
+        model.products = settled["products"] if self.shards is None else "plain"
+        if model.products == "packed" and not possible(model):
+            raise UsageError(
+                f"{self.run.folder} was begun with packed matrix products, which this machine cannot do (or lacks the "
+                "memory for); go on where it was begun, or choose a new folder"
+            )
+        return settled
 
     def resume(self) -> tuple[int, float | None]:
         """Put the last checkpoint back, if there is one; drop log lines of steps that will be done again."""
-        found = self.run.load_checkpoint()
-        if found is None:
-            self.run.truncate(0)
+
+        def found() -> tuple[int, dict[str, Tensor], Any] | None:
+            kept = self.run.load_checkpoint()
+            self.run.truncate(kept[0] if kept else 0)
+            return kept
+
+        checkpoint = self.world.from_leader(found)
+        if checkpoint is None:
             return 0, None
-        step, tensors, state = found
+        step, tensors, state = checkpoint
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
@@ -142,5 +265,5 @@ class Trainer:
         self.adapter.restore(part("adapter/"))
         self.updater.restore(part("optimiser/"))
         self.ledger.add(**state["cost"])
-        self.run.truncate(step)
+        self.token_budget = state.get("token_budget", self.token_budget)
         return step, state["reward_ema"]

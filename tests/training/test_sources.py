@@ -15,6 +15,7 @@ from steerlab.rollouts import Completions, Policy, Rows, Sampling
 from steerlab.runs import CostLedger
 from steerlab.tasks import Judgement, Message, Problem, Prompt, encode
 from steerlab.training import Rollouts
+from steerlab.training.world import World
 
 
 @dataclass(frozen=True)
@@ -97,10 +98,41 @@ def test_batch_metrics_and_texts(tiny_llama: LanguageModel) -> None:
     assert drawn.metrics["signal_share"] == pytest.approx(sum(len(set(r)) > 1 for r in rewards.tolist()) / 3)
     assert drawn.metrics["completion_tokens"] == pytest.approx(batch.n_tokens / 12)
     assert drawn.metrics["entropy_nats"] == pytest.approx(-float(batch.logprobs.sum()) / batch.n_tokens)
-    assert ledger.tokens_completion == batch.n_tokens and ledger.tokens_prompt == sum(map(len, batch.prompts))
+    assert ledger.reward_s > 0 and ledger.rollout_s > 0
+    assert drawn.tally.completion_tokens == batch.n_tokens
+    assert drawn.tally.prompt_tokens == sum(map(len, batch.prompts))
     again = Rollouts(task, prompts=3, samples=4, sampling=Sampling(temperature=0.8, max_new_tokens=5), max_rows=5)
     repeated = again.open(Policy(tiny_llama), 3, CostLedger()).next(2).batch
     assert torch.equal(repeated.completions, batch.completions)
+
+
+def test_a_step_in_two_halves_is_the_step(tiny_llama: LanguageModel) -> None:
+    """What was asked for may be answered by anyone: here by the policy itself, without the source."""
+    policy = Policy(tiny_llama)
+    source = Rollouts(Letters(), prompts=3, samples=2, sampling=Sampling(max_new_tokens=4)).open(
+        policy, 1, CostLedger()
+    )
+    request, whole = source.request(5), source.next(5)
+    halves = source.receive(5, request, request.sample(policy))
+    assert torch.equal(halves.batch.completions, whole.batch.completions)
+    assert torch.equal(halves.batch.rewards, whole.batch.rewards)
+    assert (halves.tally, halves.texts) == (whole.tally, whole.texts)
+
+
+@pytest.mark.parametrize("prompts", [5, 7, 9])
+def test_shares_of_a_step_are_the_step(tiny_llama: LanguageModel, prompts: int) -> None:
+    """Also where problems come twice in a step (5 problems): the streams are those of one process."""
+    spec = Rollouts(Letters(), prompts=prompts, samples=2, sampling=Sampling(max_new_tokens=3))
+    policy = Policy(tiny_llama)
+    whole = spec.open(policy, 0, CostLedger()).next(1)
+    parts = [spec.open(policy, 0, CostLedger(), World(rank, 3)).next(1) for rank in range(3)]
+    assert [text for part in parts for text in part.texts] == whole.texts
+    assert tuple(prompt for part in parts for prompt in part.batch.prompts) == whole.batch.prompts
+    total = parts[0].tally + parts[1].tally + parts[2].tally
+    assert total.metrics == pytest.approx(whole.metrics, rel=1e-6)
+    assert total.completion_tokens == whole.tally.completion_tokens
+    with pytest.raises(UsageError, match="processes"):
+        spec.open(policy, 0, CostLedger(), World(0, prompts + 1))
 
 
 def test_bad_settings_are_refused(tiny_llama: LanguageModel) -> None:

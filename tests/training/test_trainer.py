@@ -17,7 +17,7 @@ from steerlab.models import LanguageModel
 from steerlab.objectives import Learner, Loss, PolicyGradient
 from steerlab.rollouts import Evaluation, Policy, Sampling
 from steerlab.runs import Run
-from steerlab.tasks import Judgement, Message, Problem, Prompt
+from steerlab.tasks import Judgement, Message, Problem, Prompt, encode
 from steerlab.training import AdamW, Experiment, Rollouts, StepDone, Trainer
 
 COINS = random.Random(0)
@@ -239,14 +239,27 @@ def test_counters(tiny_llama: LanguageModel, tmp_path: Path) -> None:
     _, _, state = Run.open(tmp_path / "run").load_checkpoint()
     cost = state["cost"]
     assert cost["steps"] == 3 and cost["trained_parameters"] == adapter.n_parameters == 4 * 32
-    assert cost["exchanged_bytes"] == 3 * 4 * adapter.n_parameters
+    assert cost["exchanged_bytes"] == 0
     assert cost["optimiser_bytes"] == 2 * 4 * adapter.n_parameters + 4 * 4
+    assert cost["tokens_prompt"] == sum(len("go" * (i % 6)) for i in range(12)) + 12 * (
+        len(encode(Letters().prompt(Letters().problems("train")[0]), tiny_llama.tokenizer))
+    )
     assert cost["tokens_completion"] == pytest.approx(32 * metrics["completion_tokens"].sum())
     assert min(cost["rollout_s"], cost["reward_s"], cost["update_s"]) > 0
     assert metrics["reward_ema"].iloc[0] == metrics["reward"].iloc[0]
     expected = 9 / 11 * metrics["reward_ema"].iloc[1] + 2 / 11 * metrics["reward"].iloc[2]
     assert metrics["reward_ema"].iloc[2] == pytest.approx(expected)
     assert (metrics["drift_nats"] < 1e-3).all()
+
+
+def test_the_halves_of_fit_are_fit(tiny_llama: LanguageModel, tmp_path: Path, straight: tuple[object, ...]) -> None:
+    """Whoever samples for several runs at once drives the trainer by hand."""
+    made = trainer(tiny_llama, experiment(5), tmp_path / "run")
+    assert made.begin() == 0
+    for step in range(5):
+        request = made.source.request(step)
+        made.learn(step, made.source.receive(step, request, request.sample(made.policy)))
+    assert outcome(tmp_path / "run") == straight
 
 
 def test_the_model_is_left_alone(tiny_llama: LanguageModel, tmp_path: Path) -> None:
