@@ -1,9 +1,19 @@
-"""One RL step on workload W: steerlab against tuned TRL GRPO, in turns, in one sitting.
+"""One RL step on workload W: steerlab against tuned TRL GRPO, in turns, in one sitting; and against arithmetic.
 
 Claim: the same step (model, prompts, lengths, dtype, trained numbers, optimiser) is at least 2.5 times faster here.
 Refuted if the median ratio is below that. Each side runs in a process of its own, so that its memory peak is its own,
-and only one works at a time. steerlab's side is its own sampler, policy, objective and updater; the only addition
-is the workload's: the end token is kept away (its logit is −inf, as on the other side), every row stops at its length.
+and only one works at a time. steerlab's side is its own sampler, policy, objective and updater, used as the trainer
+uses them (matrix products measured at the start, hidden states below the trained layers kept from sampling, the
+trainer's token budget, freed memory returned after the step); the only addition is the workload's: the end token is
+kept away (its logit is −inf, as on the other side), every row stops at its length.
+`--adapter lora` trains TRL's default LoRA on both sides, TRL's as it is shipped (gradient checkpointing, dropout), and
+`lora-tuned` without those two: then both sides differ in the engine alone.
+
+limit_s: the arithmetic limit of the same step, needed FLOPs ÷ measured rate of matrix products (the rule is in
+limit.py), measured in the same turns; share_of_limit = limit_s ÷ steerlab's seconds. fastest_limit_s multiplies with
+packed weights while decoding, as steerlab does; share_of_fastest_limit is the stricter of the two.
+Rows `update_memory_*`: highest resident memory of the update above what was resident just before it (weights, packed
+copy and all), after freed memory was given back; of each side's first step, in a process that has done nothing else.
 
     uv run python analyses/benchmarks/rl_step.py --out analyses/benchmarks/results
 """
@@ -11,54 +21,66 @@ is the workload's: the end token is kept away (its logit is −inf, as on the ot
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import limit
 import torch
 import workload
-from workload import StepInfo
+from workload import MIB, Peaks, Side, StepInfo, Workload
+
+from steerlab.runs import give_back_memory
+
+if TYPE_CHECKING:
+    from steerlab.models import LanguageModel
 
 HERE = Path(__file__).parent
 CASES = {"all": None, "middle": (15,), "last": (29,)}
+RIVALS = {"steering": "bias", "lora": "lora", "lora-tuned": "lora-tuned"}  # what trl_baseline.py calls them
+DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+COLUMNS = (
+    *("dtype", "case", "ratio", "spread", "ours", "rival", "rollout_s", "update_s"),
+    *("peak_mib", "limit_s", "share_of_limit"),
+)
 
 
-def make_step(dtype: str, layers: tuple[int, ...] | None, token_budget: int) -> Callable[[], StepInfo]:
-    """A function that runs one full step of steerlab on workload W and reports it. Call it once to warm up."""
-    from steerlab.adapters import Steering
+def make_step(
+    model: LanguageModel,
+    work: Workload,
+    layers: tuple[int, ...] | None,
+    token_budget: int | None = None,
+    adapter: str = "steering",
+) -> Callable[[], StepInfo]:
+    """A function that runs one full step of steerlab on a workload and reports it. Call it once to warm up.
+    token_budget: tokens per micro-batch, None for the trainer's own rule."""
+    from steerlab.adapters import LoRA, Steering
     from steerlab.batches import RolloutBatch
-    from steerlab.models import load
     from steerlab.objectives import PolicyGradient
     from steerlab.rollouts import Policy, Rows, Sampling
     from steerlab.training import AdamW
+    from steerlab.training.memory import budget_for
 
-    work = workload.load()
-    model = load("smollm2-135m", dtype=dtype)
-    policy = Policy(model, Steering(layers).init(model))
+    lora = LoRA(rank=16, alpha=32.0, targets=("q_proj", "v_proj"), layers=layers)  # TRL's default
+    policy = Policy(model, (Steering(layers) if adapter == "steering" else lora).init(model))
     objective, updater = PolicyGradient(), AdamW(lr=1e-3).open(policy.adapter.parameters(), 1_000)
-    prompts = tuple(group.tokens for group in work.groups)
+    prompts, first_block = work.prompts, policy.adapter.first_block
     rows = replace(Rows.grid(range(len(prompts)), work.group_size), limit=torch.tensor(work.lengths))
     sampling = Sampling(max_new_tokens=max(work.lengths))
-    unembed = model.unembed
-
-    def without_end(hidden: torch.Tensor) -> torch.Tensor:
-        logits = unembed(hidden)
-        logits[:, work.eos] = -torch.inf
-        return logits
-
-    steps = iter(range(1_000_000))
+    budget = budget_for(model) if token_budget is None else token_budget
+    steps, peaks = iter(range(1_000_000)), Peaks()
 
     def step() -> StepInfo:
-        base, start, number = workload.reset_peak_memory(), time.perf_counter(), next(steps)
-        model.unembed = without_end  # type: ignore[method-assign]
-        done = policy.sample(prompts, rows, sampling, seed=0, step=number)
-        model.unembed = unembed  # type: ignore[method-assign]
+        peaks.start()
+        number, start = next(steps), time.perf_counter()
+        with workload.without_end(model, work.eos):
+            done = policy.sample(prompts, rows, sampling, seed=0, step=number, keep=first_block > 0)
         rollout_s = time.perf_counter() - start
+        peaks.between()
+        start = time.perf_counter()
         assert done.lengths.tolist() == list(work.lengths), "the forced lengths were not kept"
         batch = RolloutBatch(
             prompts=prompts,
@@ -68,134 +90,121 @@ def make_step(dtype: str, layers: tuple[int, ...] | None, token_budget: int) -> 
             logprobs=done.logprobs,
             rewards=torch.tensor(work.rewards),
             correct=torch.tensor(work.rewards) > 0,
+            kept=done.kept(first_block, len(prompts)) if first_block > 0 else None,
         )
-        for micro in objective.prepare(batch).micro_batches(token_budget):
+        for micro in objective.prepare(batch).micro_batches(budget):
             objective(policy, micro).value.backward()
         updater.update(number)
-        wall_s = time.perf_counter() - start
+        give_back_memory()
+        update_s = time.perf_counter() - start
         return StepInfo(
-            wall_s=wall_s,
+            wall_s=rollout_s + update_s,
             rollout_s=rollout_s,
-            update_s=wall_s - rollout_s,
-            prompt_tokens=sum(map(len, prompts)),
+            update_s=update_s,
+            prompt_tokens=work.prompt_tokens,
             completion_tokens=batch.n_tokens,
-            base_bytes=base,
-            peak_bytes=workload.peak_memory(),
+            **peaks.stop(),
         )
 
     return step
 
 
-class Side:
-    """A process that runs one step at a time."""
-
-    def __init__(self, arguments: list[str]) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=HERE
-        )
-        self._answer()
-
-    def step(self) -> StepInfo:
-        assert self.process.stdin is not None
-        self.process.stdin.write("step\n")
-        self.process.stdin.flush()
-        return StepInfo(**self._answer())
-
-    def close(self) -> None:
-        self.process.communicate()
-
-    def _answer(self) -> dict:
-        assert self.process.stdout is not None
-        while line := self.process.stdout.readline():
-            if line.startswith("{"):
-                return json.loads(line)
-        raise RuntimeError(f"the process {self.process.args} ended")
+def serve(dtype: str, case: str, token_budget: int | None, adapter: str) -> None:
+    """steerlab's side."""
+    model, work = workload.subject("small", dtype)
+    workload.serve(make_step(model, work, CASES[case], token_budget, adapter))
 
 
-def compare(dtype: str, case: str, repeats: int, threads: int, folder: Path, micro_batch: int) -> dict[str, object]:
-    """Both sides in turns; medians over `repeats` steps after one warm-up each."""
-    common = ["--serve", "--threads", str(threads)]
-    ours = Side([str(Path(__file__).resolve()), *common, "--dtypes", dtype, "--cases", case])
-    layers = CASES[case]
+def sides(options: argparse.Namespace, dtype: str, case: str, token_budget: int) -> tuple[Side, Side]:
+    """steerlab and TRL, each in a process of its own."""
+    from steerlab.models import origins
+
+    layers, common = CASES[case], ["--serve", "--threads", str(options.threads)]
+    chosen = ["--dtypes", dtype, "--cases", case, "--adapter", options.adapter, "--token-budget", str(token_budget)]
+    ours = Side([str(Path(__file__).resolve()), *common, *chosen])
     theirs = Side(
         [
             str(HERE / "trl_baseline.py"),
-            str(folder),
+            str(origins.alias_folder("smollm2-135m")),
             *common,
-            *("--dtype", {"fp32": "float32", "bf16": "bfloat16"}[dtype]),
-            *("--micro-batch", str(micro_batch)),
+            *("--dtype", DTYPES[dtype]),
+            *("--micro-batch", str(options.rival_micro_batch)),
+            *("--adapter", RIVALS[options.adapter]),
             *(() if layers is None else ("--layers", *map(str, layers))),
         ]
     )
-    ours.step(), theirs.step()
-    pairs = [(ours.step(), theirs.step()) for _ in range(repeats)]
+    return ours, theirs
+
+
+def compare(options: argparse.Namespace, dtype: str, case: str) -> list[dict[str, object]]:
+    """Both sides and the limit in turns; medians over `repeats` steps after one warm-up each."""
+    from steerlab.training.memory import budget_for
+
+    model, work = workload.subject("small", dtype)
+    budget = budget_for(model) if options.token_budget is None else options.token_budget
+    products = limit.Products(model, work, limit.first_block(case, model.n_layers), budget)
+    ours, theirs = sides(options, dtype, case, budget)
+    first = ours.step(), theirs.step()
+    products.measure()
+    turns = [(ours.step(), theirs.step(), products.measure()) for _ in range(options.repeats)]
     ours.close(), theirs.close()
-    ratios = [rival.wall_s / own.wall_s for own, rival in pairs]
+    steps, limits = [(own, rival) for own, rival, _ in turns], [measured for _, _, measured in turns]
+    shares = [measured.total_s / own.wall_s for own, _, measured in turns]
 
-    def middle(side: int, name: str) -> float:
-        return statistics.median(getattr(pair[side], name) for pair in pairs)
+    def middle(name: str) -> list[float]:
+        return [statistics.median(getattr(pair[side], name) for pair in steps) for side in (0, 1)]
 
-    return {
+    facts = {"adapter": options.adapter, "dtype": dtype, "rival_micro_batch": options.rival_micro_batch}
+    facts |= {"token_budget": budget, "products": model.products}
+    measured = limit.facts(products, limits)
+    row = {
         "case": case,
-        "dtype": dtype,
-        "ratio": statistics.median(ratios),
-        "ours": middle(0, "wall_s"),
-        "rival": middle(1, "wall_s"),
-        "spread": [min(ratios), max(ratios)],
-        "rollout_s": [middle(0, "rollout_s"), middle(1, "rollout_s")],
-        "update_s": [middle(0, "update_s"), middle(1, "update_s")],
-        "peak_mib": [middle(0, "peak_bytes") / 2**20, middle(1, "peak_bytes") / 2**20],
-        "above_base_mib": [
-            statistics.median((p[side].peak_bytes - p[side].base_bytes) / 2**20 for p in pairs) for side in (0, 1)
-        ],
-        "repeats": repeats,
-        "threads": threads,
-        "rival_micro_batch": micro_batch,
+        **workload.compared([own.wall_s for own, _ in steps], [rival.wall_s for _, rival in steps]),
+        "rollout_s": middle("rollout_s"),
+        "update_s": middle("update_s"),
+        "peak_mib": [amount / MIB for amount in middle("peak_bytes")],
+        **facts,
     }
+    if options.adapter == "steering":
+        row |= {name: measured[name] for name in ("limit_s", "limit_spread_s", "fastest_limit_s", "gflop")}
+        row |= {"share_of_limit": statistics.median(shares), "share_of_limit_spread": [min(shares), max(shares)]}
+        row["share_of_fastest_limit"] = statistics.median(m.fastest_s / own.wall_s for own, _, m in turns)
+        row["limit_parts_s"] = {
+            name: measured[name] for name in ("prefill_s", "decode_s", "packed_decode_s", "update_s")
+        }
+    above = [(info.update_peak_bytes - info.update_base_bytes) / MIB for info in first]
+    resident = [info.update_base_bytes / MIB for info in first]
+    memory = workload.compared(above[:1], above[1:]) | {"unit": "MiB", "resident_mib": resident, **facts}
+    return [row, {"case": f"update_memory_{case}", **memory}]
 
 
-def main() -> None:
-    """Prints a table and, with --out, writes JSON."""
+def parsed() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["bf16", "fp32"])
-    parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=["all"])
+    parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=list(CASES))
+    parser.add_argument("--adapter", choices=tuple(RIVALS), default="steering")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument(
         "--rival-micro-batch", type=int, default=8, help="rows per backward pass of TRL; 8 is fastest here"
     )
-    parser.add_argument("--token-budget", type=int, default=2048)
+    parser.add_argument("--token-budget", type=int, help="tokens per micro-batch; the trainer's own rule if not given")
     parser.add_argument("--serve", action="store_true", help="run steerlab's steps, one per line on standard input")
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Prints a table and, with --out, writes JSON."""
+    options = parsed()
     torch.set_num_threads(options.threads)
     if options.serve:
-        workload.serve(make_step(options.dtypes[0], CASES[options.cases[0]], options.token_budget))
+        serve(options.dtypes[0], options.cases[0], options.token_budget, options.adapter)
         return
-    from steerlab.models import origins
-    from steerlab.runs import atomic_write, environment
-
-    folder = origins.alias_folder("smollm2-135m")
-    rows = [
-        compare(dtype, case, options.repeats, options.threads, folder, options.rival_micro_batch)
-        for dtype in options.dtypes
-        for case in options.cases
-    ]
-    print("| dtype | case | ratio (range) | steerlab s | TRL s | rollout s | update s | peak MiB |")
-    print("|---|---|---|---|---|---|---|---|")
-    for row in rows:
-        low, high = row["spread"]
-        pair = {name: " / ".join(f"{v:.2f}" for v in row[name]) for name in ("rollout_s", "update_s")}
-        peak = " / ".join(f"{v:.0f}" for v in row["peak_mib"])
-        print(
-            f"| {row['dtype']} | {row['case']} | **{row['ratio']:.2f}** ({low:.2f}–{high:.2f}) | {row['ours']:.2f} | "
-            f"{row['rival']:.2f} | {pair['rollout_s']} | {pair['update_s']} | {peak} |"
-        )
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        atomic_write(
-            options.out / "rl_step.json", json.dumps({"machine": environment(), "rows": rows}, indent=1) + "\n"
-        )
+    rows = [row for dtype in options.dtypes for case in options.cases for row in compare(options, dtype, case)]
+    name = "rl_step" if options.adapter == "steering" else f"rl_step_{options.adapter}"
+    workload.report(rows, COLUMNS, options.out, name)
 
 
 if __name__ == "__main__":

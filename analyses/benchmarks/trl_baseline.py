@@ -1,12 +1,22 @@
-"""The rival: one GRPO step of TRL 1.16 on workload W, tuned as far as its own settings go.
+"""The rival: one GRPO step of TRL 1.16 on workload W, tuned as far as its own settings go, or with LoRA as shipped.
 
-The trained parameters are ours: a Llama with `mlp_bias=True` in which everything but `down_proj.bias` is frozen, which
-in this pre-norm family *is* a steering vector at `resid_post` (DESIGN §5). PEFT would add overhead to the same thing.
-Weights and biases are resident in the dtype that steerlab uses in the same comparison; TRL's own defaults (fp32 master
-with bf16 autocast, gradient checkpointing, logging) are off because each makes it slower here. No reference model
-(beta = 0), one update per batch, `dapo` loss, Hugging Face generation: what TRL offers on a machine without a GPU.
+`--adapter bias` (tuned). The trained parameters are ours: a Llama with `mlp_bias=True` in which everything but
+`down_proj.bias` is frozen, which in this pre-norm family *is* a steering vector at `resid_post` (DESIGN §5). PEFT would
+add overhead to the same thing. Weights and biases are resident in the dtype that steerlab uses in the same comparison;
+TRL's own defaults (fp32 master with bf16 autocast, gradient checkpointing, logging) are off because each makes it
+slower here. No reference model (beta = 0), one update per batch, `dapo` loss, Hugging Face generation: what TRL offers
+on a machine without a GPU.
 
-What is not stock TRL, all in `_TimedTrainer` and `_ForcedLengths`, and why:
+`--adapter lora` (as shipped): what TRL's own `get_peft_config(ModelConfig(use_peft=True))` gives: PEFT LoRA of rank 16,
+alpha 32, dropout 0.05, on PEFT's targets for Llama (q_proj, v_proj), gradient checkpointing on. Not as shipped, as in
+every case here: the bf16 flag (autocast over fp32 weights) is off, because this is a CPU and weights are resident in
+the dtype of the comparison (PEFT keeps its own matrices in fp32); all 32 rows make one update; nothing is logged or
+saved; plain AdamW, constant learning rate and clipping at 2, as on the other side. Rows per backward pass: 8, also
+TRL's default.
+`--adapter lora-tuned`: the same matrices without checkpointing and without dropout: what then remains of a ratio is the
+engines' own.
+
+What is not stock TRL, all in `_TimedTrainer` and `ForcedLengths`, and why:
 1. `generate` gets one more logits processor, which keeps the end token away until a row's length is reached and then
    forces it. Cost: two indexed writes a token; a row that is done is done, as with any end token.
 2. Times are taken around `generate`, and from the trainer's own step-begin to its step-end event. Building the data
@@ -35,32 +45,19 @@ from pathlib import Path
 import torch
 import workload
 from datasets import Dataset
+from peft import PeftConfig
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
-    LogitsProcessor,
     LogitsProcessorList,
     PrinterCallback,
     TrainerCallback,
 )
 from transformers.utils import logging
-from trl import GRPOConfig, GRPOTrainer
-from workload import StepInfo, Workload
-
-
-class _ForcedLengths(LogitsProcessor):
-    """The end token at each row's own length and nowhere before."""
-
-    def __init__(self, lengths: tuple[int, ...], eos: int) -> None:
-        self.lengths, self.eos, self.n_prompt = torch.tensor(lengths), eos, 0
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        ends = self.lengths <= input_ids.shape[1] - self.n_prompt + 1
-        scores[ends] = -torch.inf
-        scores[:, self.eos] = torch.where(ends, 0.0, -torch.inf).to(scores.dtype)
-        return scores
+from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config
+from workload import ForcedLengths, Peaks, StepInfo, Workload, lengths_of
 
 
 class _TimedTrainer(GRPOTrainer):
@@ -68,14 +65,17 @@ class _TimedTrainer(GRPOTrainer):
 
     def force(self, lengths: tuple[int, ...], eos: int) -> None:
         """Every later `generate` ends each row at its length."""
-        processor, generate = _ForcedLengths(lengths, eos), self.model.generate
+        processor, generate = ForcedLengths(lengths, eos), self.model.generate
 
         def timed(input_ids: Tensor, **inputs: object) -> Tensor:
             processor.n_prompt = input_ids.shape[1]
             start = time.perf_counter()
             tokens = generate(input_ids=input_ids, logits_processor=LogitsProcessorList([processor]), **inputs)
             self.rollout_s = time.perf_counter() - start
-            self.completion_tokens = int(_lengths(tokens[:, input_ids.shape[1] :], eos).sum())
+            start = time.perf_counter()
+            self.peaks.between()
+            self.paused_s = time.perf_counter() - start
+            self.completion_tokens = int(lengths_of(tokens[:, input_ids.shape[1] :], eos).sum())
             return tokens
 
         self.model.generate = timed
@@ -84,17 +84,27 @@ class _TimedTrainer(GRPOTrainer):
 class _Clock(TrainerCallback):
     """Seconds and memory between the trainer's step-begin and step-end events."""
 
+    def __init__(self, peaks: Peaks) -> None:
+        self.peaks = peaks
+
     def on_step_begin(self, args: object, state: object, control: object, **kwargs: object) -> None:  # noqa: ARG002
-        self.base_bytes = workload.reset_peak_memory()
+        self.peaks.start()
         self.start = time.perf_counter()
 
     def on_step_end(self, args: object, state: object, control: object, **kwargs: object) -> None:  # noqa: ARG002
         self.wall_s = time.perf_counter() - self.start
-        self.peak_bytes = workload.peak_memory()
+        self.memory = self.peaks.stop()
 
 
-def build_model(folder: Path, dtype: torch.dtype, layers: tuple[int, ...] | None = None) -> LlamaForCausalLM:
-    """SmolLM2 as a Llama with MLP biases of zero; only the down-projections' are trained, of `layers` or of all."""
+def build_model(
+    folder: Path, dtype: torch.dtype, layers: tuple[int, ...] | None = None, adapter: str = "bias"
+) -> LlamaForCausalLM:
+    """SmolLM2 as a Llama with MLP biases of zero; only the down-projections' are trained, of `layers` or of all.
+
+    For LoRA the model as it is; the trainer wraps it.
+    """
+    if adapter != "bias":
+        return LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
     config = LlamaConfig.from_pretrained(folder)
     config.mlp_bias = True
     logging.set_verbosity_error()  # it would report the new biases as missing
@@ -108,12 +118,23 @@ def build_model(folder: Path, dtype: torch.dtype, layers: tuple[int, ...] | None
     return model
 
 
+def lora_config(layers: tuple[int, ...] | None, adapter: str) -> PeftConfig | None:
+    """TRL's default LoRA, of `layers` or of all; None for the bias."""
+    if adapter == "bias":
+        return None
+    dropout = {"lora_dropout": 0.0} if adapter == "lora-tuned" else {}
+    config = get_peft_config(ModelConfig(use_peft=True, **dropout))
+    config.layers_to_transform = None if layers is None else list(layers)
+    return config
+
+
 def make_step(
     folder: Path,
     dtype: torch.dtype,
     layers: tuple[int, ...] | None = None,
     micro_batch: int = 8,
     lr: float = 1e-3,
+    adapter: str = "bias",
 ) -> Callable[[], StepInfo]:
     """A function that runs one full step of TRL on workload W and reports it. Call it once to warm up.
 
@@ -121,29 +142,39 @@ def make_step(
     micro_batch: rows per forward and backward pass of the update; generation is one batch of all rows in any case.
     """
     work = workload.load()
-    trainer = _trainer(work, build_model(folder, dtype, layers), folder, micro_batch, lr)
+    model = build_model(folder, dtype, layers, adapter)
+    trainer = _trainer(work, model, folder, micro_batch, lr, lora_config(layers, adapter), adapter == "lora")
     trainer.remove_callback(PrinterCallback)  # it would print between the lines that `serve` writes
     trainer.force(work.lengths, work.eos)
-    clock = _Clock()
+    trainer.peaks = Peaks()
+    clock = _Clock(trainer.peaks)
     trainer.add_callback(clock)
 
     def step() -> StepInfo:
         trainer.train()
+        wall_s = clock.wall_s - trainer.paused_s
         assert trainer.completion_tokens == sum(work.lengths), "the forced lengths were not kept"
         return StepInfo(
-            wall_s=clock.wall_s,
+            wall_s=wall_s,
             rollout_s=trainer.rollout_s,
-            update_s=clock.wall_s - trainer.rollout_s,
+            update_s=wall_s - trainer.rollout_s,
             prompt_tokens=sum(len(group.tokens) for group in work.groups) * work.group_size,
             completion_tokens=trainer.completion_tokens,
-            base_bytes=clock.base_bytes,
-            peak_bytes=clock.peak_bytes,
+            **clock.memory,
         )
 
     return step
 
 
-def _trainer(work: Workload, model: LlamaForCausalLM, folder: Path, micro_batch: int, lr: float) -> _TimedTrainer:
+def _trainer(
+    work: Workload,
+    model: LlamaForCausalLM,
+    folder: Path,
+    micro_batch: int,
+    lr: float,
+    lora: PeftConfig | None,
+    checkpointing: bool,
+) -> _TimedTrainer:
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     for group in work.groups:
         assert tuple(tokenizer(group.text)["input_ids"]) == group.tokens, "this tokenizer is not SmolLM2's"
@@ -168,7 +199,7 @@ def _trainer(work: Workload, model: LlamaForCausalLM, folder: Path, micro_batch:
         learning_rate=lr,
         lr_scheduler_type="constant",
         max_grad_norm=2.0,
-        gradient_checkpointing=False,
+        gradient_checkpointing=checkpointing,
         use_cpu=True,
         bf16=False,
         fp16=False,
@@ -184,12 +215,8 @@ def _trainer(work: Workload, model: LlamaForCausalLM, folder: Path, micro_batch:
         args=arguments,
         train_dataset=Dataset.from_dict({"prompt": [group.text for group in work.groups]}),
         processing_class=tokenizer,
+        peft_config=lora,
     )
-
-
-def _lengths(tokens: Tensor, eos: int) -> Tensor:
-    """Tokens up to and including the first end token, per row."""
-    return ((tokens == eos).cumsum(1) == 0).sum(1) + 1
 
 
 def main() -> None:
@@ -197,6 +224,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--adapter", choices=("bias", "lora", "lora-tuned"), default="bias")
     parser.add_argument("--micro-batch", type=int, default=8)
     parser.add_argument("--layers", type=int, nargs="+", help="trained layers; all of them when not given")
     parser.add_argument("--threads", type=int, default=2)
@@ -205,7 +233,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     layers = None if options.layers is None else tuple(options.layers)
-    step = make_step(options.folder, getattr(torch, options.dtype), layers, options.micro_batch)
+    step = make_step(
+        options.folder, getattr(torch, options.dtype), layers, options.micro_batch, adapter=options.adapter
+    )
     if options.serve:
         workload.serve(step)
         return

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
+import runpy
+import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from steerlab import tables
 
@@ -24,6 +29,19 @@ def script(name: str) -> ModuleType:
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of the benchmarks, importable and with nothing of it left behind."""
+    folder = ROOT / "analyses" / "benchmarks"
+    names = {path.stem for path in folder.glob("*.py")}
+    monkeypatch.syspath_prepend(str(folder))
+    threads = torch.get_num_threads()
+    yield folder
+    torch.set_num_threads(threads)
+    for name in names:
+        sys.modules.pop(name, None)
 
 
 @pytest.mark.slow
@@ -70,3 +88,91 @@ def test_the_workload_is_what_it_says() -> None:
     assert [len(group.tokens) for group in work.groups] == [60, 80, 100, 140]
     assert sum(work.lengths) == 1280 and min(work.lengths) >= 16 and max(work.lengths) <= 64
     assert all(len(set(group.rewards)) == 2 for group in work.groups)
+
+
+def test_sizes_of_the_workload_are_what_they_say() -> None:
+    work = script("benchmarks/workload").load()
+    assert sum(work.alive()) == sum(work.lengths) and work.alive()[0] == 32 and work.prompt_tokens == 380
+    assert sum(work.with_prompts(8).lengths) == sum(work.with_samples(16).lengths) == 2560
+    assert [len(tokens) for tokens in work.with_prompt_tokens(8).prompts] == [8] * 4
+    assert set(work.with_lengths(48).lengths) == {48}
+
+
+@pytest.mark.parametrize("name", ["exchange", "layers", "limit", "rl_step", "rollout", "scaling"])
+def test_benchmarks_explain_themselves(
+    benchmarks: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(benchmarks / f"{name}.py"), run_name="__main__")
+    assert ended.value.code == 0
+    assert "--repeats" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_rival_explains_itself(benchmarks: Path) -> None:
+    done = subprocess.run([sys.executable, "trl_baseline.py", "--help"], cwd=benchmarks, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--micro-batch" in done.stdout
+
+
+def test_limit(benchmarks: Path, tmp_path: Path) -> None:
+    module = script("benchmarks/limit")
+    rows = module.main(module.Options(tmp_path, scale="tiny", dtypes=("fp32",), repeats=1, threads=1))
+    assert [row["case"] for row in rows] == ["all", "middle", "last"]
+    assert json.loads((tmp_path / "limit.json").read_text())["rows"] == json.loads(json.dumps(rows))
+    per_block, head = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64), 2 * 32 * 261
+    # Prompts of 3 and 5 tokens, completions of 2, 4, 3 and 4: 17 fed tokens in the update, 9 of them in decoding.
+    expected = 8 * 4 * per_block + 9 * 4 * per_block + 13 * head
+    parts = [row["gflop_by_part"] for row in rows]
+    assert [1e9 * (part["prefill"] + part["decode"]) for part in parts] == pytest.approx([expected] * 3)
+    assert [1e9 * part["update"] for part in parts] == pytest.approx(
+        [2 * 17 * n * per_block + 2 * 13 * head for n in (3, 1, 0)]
+    )
+
+
+def test_rl_step(benchmarks: Path) -> None:
+    """steerlab's side; the rival needs the real model and half a minute."""
+    module, workload = script("benchmarks/rl_step"), sys.modules["workload"]
+    model, work = workload.subject("tiny", "fp32")
+    step = module.make_step(model, work, (2,))
+    first, second = step(), step()
+    assert first.completion_tokens == second.completion_tokens == 13 and first.prompt_tokens == 8
+    assert first.update_peak_bytes >= first.update_base_bytes > 0 == second.update_base_bytes
+    assert first.wall_s == pytest.approx(first.rollout_s + first.update_s)
+
+
+def test_rollout(benchmarks: Path, tmp_path: Path) -> None:
+    module = script("benchmarks/rollout")
+    rows = module.main(module.Options(tmp_path, scale="tiny", dtypes=("fp32",), repeats=1, threads=1))
+    assert [row["case"] for row in rows] == ["ragged", "decode"]
+    assert all(row["ratio"] > 0 and row["spread"][0] == row["spread"][1] == row["ratio"] for row in rows)
+    assert json.loads((tmp_path / "rollout.json").read_text())["rows"] == rows
+
+
+def test_scaling(benchmarks: Path, tmp_path: Path) -> None:
+    module = script("benchmarks/scaling")
+    sizes = {"rows": (4, 8), "tokens": (3, 6), "cases": ("samples", "group", "tokens")}
+    rows = module.main(module.Options(tmp_path, scale="tiny", dtypes=("fp32",), repeats=1, threads=1, **sizes))
+    assert [row["completion_tokens"] for row in rows] == [[13, 26], [13, 26], [12, 24]]
+    assert [row["prompt_tokens"] for row in rows] == [[8, 16], [8, 8], [8, 8]]
+    assert rows[0]["flop_slope"] == pytest.approx(1) and rows[1]["flop_slope"] < 1
+    assert all(math.isfinite(row["slope"]) for row in rows) and (tmp_path / "scaling.json").exists()
+
+
+def test_layers(benchmarks: Path, tmp_path: Path) -> None:
+    module = script("benchmarks/layers")
+    rows = module.main(module.Options(tmp_path, scale="tiny", dtypes=("fp32",), layers=(0, 3, 9), repeats=1, threads=1))
+    assert [row["case"] for row in rows] == ["all", "layer 0", "layer 3"]  # a tiny model has no layer 9
+    assert rows[0]["ratio"] == rows[0]["share_of_all"] == 1 and rows[2]["predicted"] < rows[1]["predicted"] == 1
+    # DESIGN §7: one middle layer and the last of SmolLM2, h = 0.27.
+    assert module.update_in_f(30, 14, 0.265) == pytest.approx(1.53)
+    assert module.update_in_f(30, 29, 0.265) == pytest.approx(0.53)
+
+
+@pytest.mark.slow
+def test_exchange(benchmarks: Path, tmp_path: Path) -> None:
+    module = script("benchmarks/exchange")
+    (row,) = module.main(module.Options(tmp_path, scale="tiny", dtypes=("fp32",), repeats=1, threads=1))
+    assert row["exchanged_bytes"] == 4 * 32 * 4 and row["bound_bytes"] == 2 * 4 * 32 * 4
+    assert (tmp_path / "exchange.json").exists()

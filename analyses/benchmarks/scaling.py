@@ -1,0 +1,118 @@
+"""How the cost of an RL step grows with samples and with tokens: slopes on log-log axes.
+
+Workload W, all layers trained, whole steps (rl_step.py). `samples`: 32 to 256 rows, more prompts of eight samples each.
+`group`: the same rows as more samples of the same four prompts, which are then computed once for more of them.
+`tokens`: 32 rows, every completion of 64 to 512 tokens. slope: of ln seconds against ln rows, or ln completion tokens,
+by least squares over one pass through the sizes; median and range over passes. 1 is proportional; below 1, fixed costs
+(prompts, one weight read per decode step) are shared; above 1, something grows faster than the work, attention for
+one. `flop_slope` is the slope of the needed FLOPs (limit.py, which leaves attention out). Claim: `samples` and
+`tokens` lie in 0.90-1.05.
+
+    uv run python analyses/benchmarks/scaling.py --out analyses/benchmarks/results
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import limit
+import numpy as np
+import torch
+import tyro
+import workload
+from rl_step import make_step
+from workload import MIB, Scale, StepInfo, Workload
+
+ROWS = (32, 64, 128, 256)
+TOKENS = (64, 128, 256, 512)
+COLUMNS = ("dtype", "case", "slope", "spread", "flop_slope", "sizes", "ours", "rollout_s", "update_s", "peak_mib")
+Case = Literal["samples", "group", "tokens"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """repeats: passes through all sizes; a pass at bf16 takes minutes, and its sizes are the repeats of a slope."""
+
+    out: Path | None = None
+    scale: Scale = "small"
+    dtypes: tuple[Literal["bf16", "fp32"], ...] = ("bf16",)
+    cases: tuple[Case, ...] = ("samples", "tokens")
+    rows: tuple[int, ...] = ROWS
+    tokens: tuple[int, ...] = TOKENS
+    repeats: int = 1
+    threads: int = 2
+
+
+def sized(work: Workload, case: Case, size: int) -> Workload:
+    """The workload at one size."""
+    if case == "samples":
+        return work.with_prompts(size // work.group_size)
+    if case == "group":
+        return work.with_samples(size // len(work.groups))
+    return work.with_lengths(size)
+
+
+def slope(sizes: Sequence[float], amounts: Sequence[float]) -> float:
+    """Of ln amount against ln size."""
+    return float(np.polyfit(np.log(sizes), np.log(amounts), 1)[0])
+
+
+def measure(model: Any, work: Workload, case: Case, options: Options) -> dict[str, Any]:
+    """One row of the table: passes through all sizes, the smallest once before as a warm-up."""
+    from steerlab.training.memory import budget_for
+
+    sizes = options.tokens if case == "tokens" else options.rows
+    works = [sized(work, case, size) for size in sizes]
+    budget = budget_for(model)
+    steps = [make_step(model, each, None, budget) for each in works]
+    steps[0]()
+    passes: list[list[StepInfo]] = [[step() for step in steps] for _ in range(options.repeats)]
+    slopes = [slope(sizes, [info.wall_s for info in done]) for done in passes]
+    products = [limit.Products(model, each, limit.first_block("all", model.n_layers), budget) for each in works]
+
+    def by_size(name: str) -> list[float]:
+        return [statistics.median(getattr(done[i], name) for done in passes) for i in range(len(sizes))]
+
+    def slope_of(name: str) -> float:
+        return slope(sizes, by_size(name))
+
+    return {
+        "case": case,
+        "slope": statistics.median(slopes),
+        "spread": [min(slopes), max(slopes)],
+        "flop_slope": slope(sizes, [sum(each.flops().values()) for each in products]),
+        "rollout_slope": slope_of("rollout_s"),
+        "update_slope": slope_of("update_s"),
+        "sizes": list(sizes),
+        "ours": by_size("wall_s"),
+        "rollout_s": by_size("rollout_s"),
+        "update_s": by_size("update_s"),
+        "peak_mib": [amount / MIB for amount in by_size("peak_bytes")],
+        "completion_tokens": [sum(each.lengths) for each in works],
+        "prompt_tokens": [each.prompt_tokens for each in works],
+        "rows": [len(each.lengths) for each in works],
+        "dtype": workload.dtype_name(model),
+        "products": model.products,
+        "token_budget": budget,
+        "repeats": options.repeats,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def main(options: Options) -> list[dict[str, Any]]:
+    """Prints a table and, with --out, writes JSON."""
+    torch.set_num_threads(options.threads)
+    rows = []
+    for dtype in options.dtypes:
+        model, work = workload.subject(options.scale, dtype)
+        rows += [measure(model, work, case, options) for case in options.cases]
+    workload.report(rows, COLUMNS, options.out, "scaling")
+    return rows
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, description=__doc__))
