@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from steerlab.recipes import RECIPES, rloo
     from steerlab.rollouts import Evaluation, Policy, Sampling, evaluate
     from steerlab.runs import Run, RunStore
+    from steerlab.sweep import sweep_layers
     from steerlab.tasks import make as make_task
     from steerlab.training import Experiment
 
@@ -45,6 +46,7 @@ _HOMES = {
     "make_task": "steerlab.tasks:make",
     "resume": "steerlab.execute:resume",
     "rloo": "steerlab.recipes:rloo",
+    "sweep_layers": "steerlab.sweep:sweep_layers",
     "train": "steerlab.execute:execute",
 }
 
@@ -70,6 +72,7 @@ __all__ = [
     "make_task",
     "resume",
     "rloo",
+    "sweep_layers",
     "train",
 ]
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from steerlab.arguments import options_of, parse, say, summary, task_options, two_columns
+from steerlab.arguments import parse, say, summary, task_options, two_columns
 from steerlab.errors import RunFailed, UsageError, unknown
 
 if TYPE_CHECKING:
@@ -41,6 +41,8 @@ class Stopped(Exception):
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the command in `words` (default: the process's arguments). Returns the exit code."""
+    if os.environ.get("RANK", "0") != "0":  # under torchrun only the first process speaks
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     try:
         return dispatch(list(sys.argv[1:] if words is None else words))
     except SystemExit as left:  # tyro's --help
@@ -109,21 +111,13 @@ def train(words: list[str]) -> int:
         tell_names([(name, summary(recipe)) for name, recipe in RECIPES.items()])
         tell("\nsteerlab train RECIPE --help shows its options; --plan says first what a run would cost.")
         return 0
-    name, rest = words[0], words[1:]
-    if name not in RECIPES:
-        raise unknown("recipe", name, RECIPES)
-    options: Any = parse(options_of(RECIPES[name], name), rest, f"steerlab train {name}")
-    from steerlab.tasks import make
+    from steerlab import order
 
-    experiment = options.experiment(make(options.task, **task_options(options.task_option)))
-    if options.plan:
-        from steerlab.plan import plan
-
-        tell_names(plan(experiment).rows())
+    wanted = order.read(words)
+    if wanted.plan:
+        tell_names(wanted.plan_rows())
         return 0
-    label = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(experiment.source.task.name).stem)
-    folder = options.out or f"runs/{name}-{label}-seed{experiment.seed}"
-    return carry_out(folder, lambda progress: run_experiment(experiment, folder, progress))
+    return carry_out(wanted.folder, wanted.carry_out)
 
 
 def quickstart(
@@ -137,6 +131,7 @@ def quickstart(
     """Train steering vectors on one-digit sums, measure the gain, write a report: minutes on two cores."""
     from dataclasses import replace
 
+    from steerlab import execute
     from steerlab.recipes import rloo
     from steerlab.tasks import make
 
@@ -145,36 +140,34 @@ def quickstart(
     if scale == "tiny":
         experiment = rloo(task, model, seed=seed, steps=3, prompts=4, samples=4, max_new_tokens=8)
         experiment = replace(experiment, evaluation=replace(experiment.evaluation, limit=8, samples=2))
-    code = carry_out(out, lambda progress: run_experiment(experiment, out, progress))
+    code = carry_out(out, lambda progress: execute.execute(experiment, out, reporter=progress))
     tell(f'\nnext:  steerlab generate {out} --prompt "What is 3 + 4?" --base\n       steerlab lens {out}')
     return code
 
 
-def resume(folder: RunFolder) -> int:
-    """Go on with a run that was stopped, in its own dtype and threads; a finished one is only shown."""
+def resume(
+    folder: RunFolder,
+    shard: Annotated[bool, say("shard")] = False,
+    ray: Annotated[str, say("ray")] = "",
+) -> int:
+    """Go on with a run or sweep that was stopped, in its own dtype and threads; a finished one is only shown."""
+    from steerlab import order
 
-    def go_on(progress: Any) -> Run:
-        from steerlab import execute
-
-        return execute.resume(folder, reporter=progress)
-
-    return carry_out(folder, go_on)
-
-
-def run_experiment(experiment: Any, folder: str, progress: Any) -> Run:
-    """`execute.execute`, imported when it is needed."""
-    from steerlab import execute
-
-    return execute.execute(experiment, folder, reporter=progress)
+    return carry_out(folder, lambda progress: order.resume(folder, shard, ray or None, progress))
 
 
 def carry_out(folder: str, work: Callable[[Any], Run]) -> int:
     """Do `work` with a progress line, then show what came out. Ctrl-C says how to go on."""
     from steerlab import show
+    from steerlab.order import is_sweep
     from steerlab.progress import Progress
 
     with stoppable(folder), Progress(console()) as progress:
         run = work(progress)
+    if is_sweep(folder):
+        show.layers(console(), run.table("layers"), run.table("scores"))
+        tell(f"figure: {run.path('figures') / 'layers.html'}")
+        return 0
     show.scores(console(), run.table("scores"), run.table("completions"))
     tell(f"report: {run.path('report.html')}")
     return 0
@@ -186,12 +179,9 @@ def stoppable(folder: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        from steerlab.runs import Run
+        from steerlab.order import stopped_where
 
-        if not (Path(folder) / "manifest.json").exists():
-            raise Stopped("stopped before anything was written") from None
-        found = Run.open(folder).load_checkpoint()
-        raise Stopped(f"stopped at step {found[0] if found else 0}; resume with: steerlab resume {folder}") from None
+        raise Stopped(stopped_where(folder)) from None
 
 
 def evaluate(
@@ -272,13 +262,13 @@ def generate(
         raise UsageError(f"samples is {samples}; it must be at least 1")
     sampling = Sampling(temperature, max_new_tokens=max_new_tokens)
     about = subject(run, model, allow_other_weights=allow_other_weights)
-    assert about.vectors is not None  # a target was given
+    assert about.adapter is not None  # a target was given
     chosen = style if style != "auto" else ("chat" if about.model.tokenizer.chat_template else "plain")
     tokens = encode(Prompt((Message("user", prompt),), chosen), about.model.tokenizer)
     asked = {"base": None} if base else {}
-    asked |= {f"steered × {scale:g}": about.vectors * scale}
-    for name, vectors in asked.items():
-        for text in execute.generate(about.model, vectors, tokens, sampling, samples=samples, seed=seed):
+    asked |= {f"steered × {scale:g}": about.adapter * scale}
+    for name, adapter in asked.items():
+        for text in execute.generate(about.model, adapter, tokens, sampling, samples=samples, seed=seed):
             tell(f"[{name}] {show.clean(text.strip())}")
     return 0
 
@@ -301,7 +291,6 @@ def lens(
     if out and Path(out).suffix not in (".csv", ".parquet"):
         raise UsageError(f"{out} is no table; name a .csv or .parquet file")
     about = subject(run, model, allow_other_weights=allow_other_weights)
-    assert about.vectors is not None  # a target was given
     vectors = about.vectors if layers is None else about.vectors.select(layers)
     table = logit_lens(vectors, about.model.unembedding.weight, about.model.tokenizer, k, (readout,))
     show.lens(console(), table, vectors)

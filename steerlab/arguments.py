@@ -27,8 +27,10 @@ MEANINGS: Mapping[str, str] = {
     "task_option": "KEY=VALUE for the task, may be repeated, e.g. max_digits=2, train=500, control=random_reward.",
     "model": "An alias of `steerlab models`, a hub id (owner/model), a folder, or a .gguf file.",
     "model_of": "A model, as for `steerlab train`; default: the one that the vectors were trained on.",
-    "layers": "Blocks that get a vector, counted from 0; None for all of them.",
+    "layers": "Blocks that get a vector, counted from 0; None for all of them. `each`: one run per layer (per named "
+    "layer, if some are named), `each all`: and one with all of them, to compare.",
     "site": "Where the vector is added, e.g. resid_post, attn_out, mlp_out.",
+    "adapter": "What is trained: steering vectors, or a LoRA of rank 8 on every linear module (others from Python).",
     "advantage": "How the rewards of a group become credit.",
     "steps": "Training steps, one update each.",
     "prompts": "Problems per step.",
@@ -36,17 +38,23 @@ MEANINGS: Mapping[str, str] = {
     "max_new_tokens": "Longest completion, in tokens.",
     "temperature": "Sampling temperature; 0 is greedy.",
     "top_p": "Sample from the smallest set of tokens with this much probability.",
-    "lr": "Peak learning rate.",
+    "lr": "Peak learning rate; None: 1e-2 for steering vectors, 1e-3 for another adapter.",
     "seed": "Seed of every random draw.",
+    "seeds": "With --layers each: several seeds, one run of every layer under each; default: --seed alone.",
+    "lr_last": "With --layers each: peak learning rate of the model's last layer, --lr being that of its first, "
+    "geometric in between; default: the same everywhere.",
+    "ray": "Of a sweep (--layers each): do the runs on a Ray cluster: HOST:PORT, `auto` for the one that is there, or "
+    "`local` for one on this machine.",
     "dtype": "auto (bf16 where the machine has it in hardware, else fp32), fp32, bf16 or fp64.",
     "out": "Folder of the run; must be new, empty, or hold the same run, which is then continued.",
+    "shard": "Under torchrun: every process keeps only its share of the frozen weights (slower, less memory).",
     "plan": "Say what the run would cost (passes, tokens, FLOPs, hours, bytes) and stop.",
 }
 
 
 KINDS: Mapping[str, str] = {
     "task": "NAME", "task_option": "KEY=VALUE", "model": "NAME", "model_of": "NAME", "site": "NAME", "dtype": "NAME",
-    "out": "FOLDER",
+    "out": "FOLDER", "ray": "ADDRESS",
 }  # fmt: skip
 
 
@@ -143,14 +151,20 @@ class Choice:
         return next(word for word, value in self.parts.items() if value == part)
 
 
+# What a command line may say of a parameter beyond what a recipe takes.
+SWEPT: Mapping[str, Any] = {"layers": tuple[int | Literal["each", "all"], ...] | None}
+
+
 def choices() -> dict[Any, Choice]:
     """Protocols whose implementations a person chooses by name."""
+    from steerlab.adapters import AdapterSpec, LoRA
     from steerlab.objectives import Advantage, GroupMean, GroupNormalised, LeaveOneOut
 
     return {
+        AdapterSpec | None: Choice({"steering": None, "lora": LoRA()}),
         Advantage: Choice(
             {"leave_one_out": LeaveOneOut(), "group_mean": GroupMean(), "group_normalised": GroupNormalised()}
-        )
+        ),
     }
 
 
@@ -171,15 +185,21 @@ def options_of(recipe: Callable[..., Any], name: str) -> type:
         if kind in known:
             default = known[kind].word(default)
             kind = Literal[tuple(known[kind].parts)]  # type: ignore[valid-type]
+        kind = SWEPT.get(parameter.name, kind)
         required = parameter.default is inspect.Parameter.empty
         fields.append((parameter.name, Annotated[kind, say(parameter.name)], *(() if required else (default,))))
     fields += [
+        ("seeds", Annotated[tuple[int, ...], say("seeds")], ()),
+        ("lr_last", Annotated[float | None, say("lr_last")], None),
+        ("ray", Annotated[str, say("ray")], ""),
         ("out", Annotated[str, say("out")], ""),
         ("plan", Annotated[bool, say("plan")], False),
+        ("shard", Annotated[bool, say("shard")], False),
     ]
 
     def experiment(self: Any, task: Any) -> Any:
         chosen = {p: getattr(self, p) for p in inspect.signature(recipe).parameters if p != "task"}
+        chosen |= {p: None for p in SWEPT if any(isinstance(word, str) for word in chosen.get(p) or ())}
         return recipe(task, **{p: known[kinds[p]].parts[v] if kinds[p] in known else v for p, v in chosen.items()})
 
     made = dataclasses.make_dataclass(f"{name}_options", fields, frozen=True, namespace={"experiment": experiment})

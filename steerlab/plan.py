@@ -9,6 +9,7 @@ token costs
 plus attention, 4 · heads · d_head · (positions seen) per token and block forward, twice that backward. Tokens are
 counted as if every completion ran to its limit and every group had a signal. Hours divide by the speed of one matrix
 product of the model's MLP shape, measured here and now, times the share of it that a whole step was seen to reach.
+Micro-batches are as large as a run begun here and now would make them (`training/memory.py`).
 Sizes come from the configuration alone, so a model that is not on this machine's disk can be planned from a folder
 with its config.json (and tokenizer files). Left out: reading weights, judging, drawing problems, several devices.
 """
@@ -18,20 +19,23 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from steerlab.adapters import Steering
 from steerlab.errors import UsageError
 from steerlab.models import LanguageModel, load
 from steerlab.models.origins import detect_dtype
 from steerlab.models.sites import architecture, sizes
 from steerlab.progress import duration
-from steerlab.rollouts import Sampling
+from steerlab.rollouts import Condition
+from steerlab.runs import free_memory_bytes
 from steerlab.tasks import Problem, Task, encode
-from steerlab.training import Experiment, Rollouts
+from steerlab.training import Experiment, Rollouts, memory
 
 # Share of the speed of a bare matrix product that a whole step reaches on 2 CPU cores; 0.15 to 0.3 were seen.
 EFFICIENCY = 0.2
@@ -156,14 +160,15 @@ def sampling_work(shape: Shape, prompts: int, prompt: float, samples: int, limit
 
 
 def update_work(shape: Shape, source: Rollouts, prompt: float, lowest: int, below_block: bool, budget: int) -> Work:
-    """One update on the completions of one step: forward and backward, prompts once per group."""
+    """One update on the completions of one step: forward and backward through the blocks above the lowest trained
+    vector (what those below wrote is kept from sampling), prompts once per group."""
     limit, fed = source.sampling.max_new_tokens, source.prompts * prompt
     tokens = source.prompts * source.samples * limit
     above = (shape.n_layers - lowest - (0 if below_block else 1)) / shape.n_layers
     unit = shape.flops_per_token
     seen = fed * prompt / 2 + tokens * (prompt + limit / 2)
-    flops = unit * (fed * (1 + above) + tokens * (1 + above + 2 * shape.head_share))
-    flops += attention(shape, seen) * (1 + 2 * above)
+    flops = unit * (2 * above * (fed + tokens) + 2 * shape.head_share * tokens)
+    flops += attention(shape, seen) * 3 * above
     groups = max(1, int(budget // (source.samples * limit + prompt)))
     return Work(2 * math.ceil(source.prompts / groups), flops=flops)
 
@@ -201,7 +206,8 @@ def measured_flops_per_s(shape: Shape, rows: int) -> float:
 @dataclass(frozen=True)
 class Plan:
     """rollouts, updates, evaluation: all steps together. Speeds in FLOPs per second as measured, bytes by what they are
-    for; `counted` says whether prompt tokens were counted with the model's tokenizer."""
+    for; token_budget: tokens per micro-batch; `counted`: whether the model's tokenizer counted the prompts.
+    runs: how many it is all for."""
 
     shape: Shape
     experiment: Experiment
@@ -213,7 +219,9 @@ class Plan:
     update_flops_per_s: float
     decode_bytes: float
     update_bytes: float
+    token_budget: int
     counted: bool
+    runs: int = 1
 
     @property
     def hours(self) -> float:
@@ -230,20 +238,28 @@ class Plan:
         trained = 16 * self.n_trained  # fp32: vectors, gradients, two moments
         return self.weight_bytes + trained + max(self.decode_bytes, self.update_bytes) + RUNTIME_BYTES
 
+    @property
+    def chosen(self) -> str:
+        """Where the token budget comes from."""
+        if self.experiment.token_budget is not None:
+            return "as asked for"
+        return "the most by default" if self.token_budget == memory.CAP_TOKENS else "for the memory free here and now"
+
     def rows(self) -> list[tuple[str, str]]:
         """What a person reads, in two columns."""
         shape, source = self.shape, self.experiment.source
         assert isinstance(source, Rollouts)
         how = "counted" if self.counted else f"about, at {CHARACTERS_PER_TOKEN:g} characters per token: no tokenizer"
+        runs, pages = f"{self.runs} runs, " if self.runs > 1 else "", self.runs * PAGE_BYTES
         speeds = f"{self.decode_flops_per_s / 1e9:.0f} (sampling) and {self.update_flops_per_s / 1e9:.0f} (update)"
         return [
             ("model", f"{shape.name}, {shape.all_weights / 1e6:,.0f} M weights, {str(shape.dtype)[6:]}; "
              f"F = {shape.flops_per_token / 1e9:.3g} GFLOP per token, h = {shape.head_share:.2f}"),
-            ("trained", f"{self.n_trained:,} parameters, {self.experiment.steps} steps of {source.prompts} prompts × "
-             f"{source.samples} samples × at most {source.sampling.max_new_tokens} tokens"),
+            ("trained", f"{runs}{self.n_trained:,} parameters, {self.experiment.steps} steps of {source.prompts} "
+             f"prompts × {source.samples} samples × at most {source.sampling.max_new_tokens} tokens"),
             ("rollouts", told(self.rollouts)),
             ("updates", f"at most {self.updates.passes:,} forward passes and half as many backward, "
-             f"{self.updates.flops:.3g} FLOP"),
+             f"{self.updates.flops:.3g} FLOP; micro-batches of {self.token_budget:,} tokens, {self.chosen}"),
             ("evaluation", told(self.evaluation)),
             ("prompt tokens", how),
             ("hours", f"about {self.hours:.3g} ({duration(3600 * self.hours)}) if completions run to their limit; at "
@@ -251,8 +267,8 @@ class Plan:
             ("memory", f"about {size(self.peak_bytes)} at the peak: weights {size(self.weight_bytes)}, sampling "
              f"{size(self.decode_bytes)} or update {size(self.update_bytes)}, vectors with gradients and optimiser "
              f"{size(16 * self.n_trained)}, Python and torch {size(RUNTIME_BYTES)}"),
-            ("disk", f"about {size(16 * self.n_trained + PAGE_BYTES)}: checkpoint {size(12 * self.n_trained)} "
-             f"(rewritten every step), vectors {size(4 * self.n_trained)}, report and figures {size(PAGE_BYTES)}"),
+            ("disk", f"about {size(16 * self.n_trained + pages)}: checkpoint {size(12 * self.n_trained)} "
+             f"(rewritten every step), vectors {size(4 * self.n_trained)}, report and figures {size(pages)}"),
         ]  # fmt: skip
 
 
@@ -272,36 +288,70 @@ def size(n_bytes: float | int) -> str:
     return f"{n_bytes:.0f} B"
 
 
-def plan(experiment: Experiment) -> Plan:
-    """The plan of an experiment; loads no weights unless the model's name is an alias or a .gguf file.
+def plan(experiment: Experiment, shape: Shape | None = None) -> Plan:
+    """The plan of an experiment; loads no weights unless the model's name is an alias or a .gguf file (or `shape` is
+    given, then none).
 
-    Raises UsageError for a source that is not `Rollouts`, and for anything wrong with the model or the task.
+    Raises UsageError for a source that is not `Rollouts`, an adapter that is not `Steering`, and for anything wrong
+    with the model or the task.
     """
     source, evaluation = experiment.source, experiment.evaluation
     if not isinstance(source, Rollouts):
         raise UsageError(f"no plan for a source of kind {type(source).__name__}; leave out --plan")
-    shape = shape_of(experiment.model, experiment.dtype)
-    layers, site = experiment.adapter.layers, experiment.adapter.site
+    if not isinstance(experiment.adapter, Steering):
+        raise UsageError(f"no plan for an adapter of kind {type(experiment.adapter).__name__}; leave out --plan")
+    shape = shape or shape_of(experiment.model, experiment.dtype)
+    layers = experiment.adapter.layers
     if layers is not None and not all(0 <= layer < shape.n_layers for layer in layers):
         raise UsageError(f"layers {list(layers)} do not all exist; {shape.name} has layers 0 to {shape.n_layers - 1}")
     mean, longest = prompt_tokens(shape, source.task, source.task.problems("train"))
     rows, limit = source.prompts * source.samples, source.sampling.max_new_tokens
     decoded = min(rows, source.max_rows)
-    lowest = 0 if layers is None else min(layers)
-    one_update = update_work(shape, source, mean, lowest, site != "resid_post", experiment.token_budget)
+    budget = token_budget(shape, experiment)
+    n_trained, updates = trained_and_updates(shape, experiment, budget)
     return Plan(
         shape=shape,
         experiment=experiment,
-        n_trained=(shape.n_layers if layers is None else len(layers)) * site_width(shape, site),
+        n_trained=n_trained,
         rollouts=sampling_work(shape, source.prompts, mean, source.samples, limit, source.max_rows) * experiment.steps,
-        updates=one_update * experiment.steps,
+        updates=updates,
         evaluation=evaluation_work(shape, experiment),
         decode_flops_per_s=measured_flops_per_s(shape, decoded),
-        update_flops_per_s=measured_flops_per_s(shape, experiment.token_budget),
+        update_flops_per_s=measured_flops_per_s(shape, budget),
         decode_bytes=decode_bytes(shape, max(decoded, min(evaluation.max_rows, rows)), longest + limit),
-        update_bytes=update_bytes(shape, max(experiment.token_budget, source.samples * limit + longest)),
+        update_bytes=update_bytes(shape, max(limit + longest, min(budget, rows * limit + source.prompts * longest))),
+        token_budget=budget,
         counted=shape.tokenizer is not None,
     )
+
+
+def plan_sweep(experiments: Sequence[Experiment], shape: Shape) -> Plan:
+    """Runs that differ in the layers of their vectors and in their seeds: each by itself, but the baselines once.
+
+    Runs that share decode batches take fewer forward passes than this says, of more rows each.
+    """
+    first, n = plan(experiments[0], shape), len(experiments)
+    evaluation = replace(experiments[0].evaluation, base=False, greedy=False, shots=0)
+    steered = evaluation_work(shape, replace(experiments[0], evaluation=evaluation))
+    trained = [trained_and_updates(shape, experiment, first.token_budget) for experiment in experiments]
+    return replace(
+        first,
+        n_trained=sum(parameters for parameters, _ in trained),
+        rollouts=first.rollouts * n,
+        updates=sum((work for _, work in trained), Work()),
+        evaluation=first.evaluation + steered * (n - 1),
+        runs=n,
+    )
+
+
+def trained_and_updates(shape: Shape, experiment: Experiment, budget: int) -> tuple[int, Work]:
+    """Numbers that are trained, and all updates of a run with micro-batches of `budget` tokens."""
+    source, adapter = experiment.source, experiment.adapter
+    assert isinstance(source, Rollouts) and isinstance(adapter, Steering)
+    layers = range(shape.n_layers) if adapter.layers is None else adapter.layers
+    mean, _ = prompt_tokens(shape, source.task, source.task.problems("train"))
+    one = update_work(shape, source, mean, min(layers), adapter.site != "resid_post", budget)
+    return len(layers) * site_width(shape, adapter.site), one * experiment.steps
 
 
 def site_width(shape: Shape, site: str) -> int:
@@ -314,18 +364,13 @@ def evaluation_work(shape: Shape, experiment: Experiment) -> Work:
     """The baselines and the steered model on the evaluation's problems."""
     task, evaluation = experiment.source.task, experiment.evaluation
     problems = evaluation.problems(task)
-    total = Work()
-    conditions = evaluation.baselines(task)
-    asked = [(c.task, c.sampling, c.samples) for c in conditions.values()]
-    asked.append((task, evaluation.sampling, evaluation.samples))
-    for each, sampling, samples in asked:
-        mean, _ = prompt_tokens(shape, each, problems)
-        total += _answers(shape, len(problems), mean, samples, sampling, evaluation.max_rows)
+    asked = [*evaluation.baselines(task).values(), Condition(None, task, evaluation.sampling, evaluation.samples)]
+    total, n = Work(), len(problems)
+    for c in asked:
+        mean, _ = prompt_tokens(shape, c.task, problems)
+        limit = c.sampling.max_new_tokens
+        total += sampling_work(shape, n, mean, c.samples, limit, evaluation.max_rows)
     return total
-
-
-def _answers(shape: Shape, prompts: int, prompt: float, samples: int, sampling: Sampling, max_rows: int) -> Work:
-    return sampling_work(shape, prompts, prompt, samples, sampling.max_new_tokens, max_rows)
 
 
 def decode_bytes(shape: Shape, rows: int, positions: int) -> float:
@@ -334,9 +379,20 @@ def decode_bytes(shape: Shape, rows: int, positions: int) -> float:
     return float(cache + rows * shape.d_vocab * (shape.dtype.itemsize + 3 * 4))
 
 
+def bytes_per_token(shape: Shape) -> int:
+    """What a backward pass must keep of one token."""
+    return memory.bytes_per_token(shape.n_layers, shape.d_model, shape.d_kv, shape.d_mlp, shape.dtype.itemsize)
+
+
 def update_bytes(shape: Shape, tokens: int) -> float:
-    """What a backward pass must keep of a micro-batch: per block and token about 8 vectors of the residual stream,
-    keys, values, and 4 vectors of the MLP's width; and the logits of one chunk of the head.
-    """
-    per_token = 8 * shape.d_model + 2 * shape.d_kv + 4 * shape.d_mlp
-    return float(tokens * shape.n_layers * per_token * shape.dtype.itemsize + min(256, tokens) * shape.d_vocab * 12)
+    """What a micro-batch of so many tokens takes."""
+    return float(memory.update_bytes(tokens, bytes_per_token(shape), shape.d_vocab))
+
+
+def token_budget(shape: Shape, experiment: Experiment) -> int:
+    """Tokens per micro-batch: the experiment's own number, or what would fit beside the weights here and now."""
+    if experiment.token_budget is not None:
+        return experiment.token_budget
+    free = free_memory_bytes(torch.cuda.current_device() if torch.cuda.is_available() else None)
+    left = None if free is None else free - shape.all_weights * shape.dtype.itemsize
+    return memory.budget(left, bytes_per_token(shape), shape.d_vocab)

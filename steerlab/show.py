@@ -40,6 +40,22 @@ def scores(console: Console, found: pd.DataFrame, completions: pd.DataFrame) -> 
         )
 
 
+def layers(console: Console, found: pd.DataFrame, compared: pd.DataFrame) -> None:
+    """avg@k of every layer's own vector with its 95 % interval, then of what it is compared with."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("layer", "seed", "metric", "value", "95 % interval", "problems", "samples"):
+        table.add_column(name, justify="left" if name in ("layer", "metric") else "right", no_wrap=True)
+    sampled = found.assign(condition=found["layer"].astype(str), seed=found["seed"].astype(str))
+    for row in pd.concat([compared.assign(seed=""), sampled]).to_dict("records"):
+        if str(row["metric"]).startswith("avg@"):
+            interval = f"{row['low']:.3f} to {row['high']:.3f}"
+            sizes = (str(row[name]) for name in ("n_problems", "n_samples"))
+            table.add_row(
+                words(str(row["condition"])), str(row["seed"]), row["metric"], f"{row['value']:.3f}", interval, *sizes
+            )
+    console.print(table)
+
+
 def lens(console: Console, table: pd.DataFrame, vectors: SteeringVectors) -> None:
     """One row per layer: length of its vector, the tokens it points to and away from."""
     shown = Table(pad_edge=False)

@@ -80,6 +80,16 @@ SCHEMAS: dict[str, tuple[Column, ...]] = {
         Column("run", "str", "1", "name of the run, where several are drawn together", optional=True),
         Column("seed", "int", "1", "training seed, where several are drawn together", optional=True),
     ),
+    "layers": (
+        Column("layer", "int", "1", "0-based decoder block that has the vector, the only one trained"),
+        Column("seed", "int", "1", "training seed"),
+        Column("metric", "str", "1", "avg@k or pass@k"),
+        Column("value", "float", "share", "estimate over problems"),
+        Column("low", "float", "share", "lower end of the 95 % interval"),
+        Column("high", "float", "share", "upper end of the 95 % interval"),
+        Column("n_problems", "int", "problems", "problems evaluated"),
+        Column("n_samples", "int", "completions", "completions per problem"),
+    ),
     "logit_lens": (
         *_SITE,
         Column("readout", "str", "1", "dot, cosine or softmax"),

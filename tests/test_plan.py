@@ -16,6 +16,7 @@ from steerlab.recipes import rloo
 from steerlab.rollouts import Sampling
 from steerlab.tasks import Task, make
 from steerlab.training import Experiment, Rollouts
+from steerlab.training.memory import CAP_TOKENS
 
 
 @pytest.fixture
@@ -44,12 +45,13 @@ def bare(head_share: float) -> Shape:
     return Shape("bare", 10, 1, 0, 0, 1, round(1000 * head_share), 1000, 2000, torch.float32, None)
 
 
-@pytest.mark.parametrize(("head_share", "all_layers", "last_layer"), [(0.27, 2.54, 1.54), (0.18, 2.36, 1.36)])
-def test_a_token_costs_what_the_table_says(head_share: float, all_layers: float, last_layer: float) -> None:
-    """DESIGN §7 to two decimals, for a model so deep that one block does not count; without kept block outputs."""
+@pytest.mark.parametrize(("head_share", "costs"), [(0.27, (2.54, 1.54, 0.54)), (0.18, (2.36, 1.36, 0.36))])
+def test_a_token_costs_what_the_table_says(head_share: float, costs: tuple[float, ...]) -> None:
+    """DESIGN §7 to two decimals (all layers, one in the middle, the last), for a model so deep that one block does not
+    count."""
     shape = replace(bare(head_share), n_layers=10**6)
     source = Rollouts(make("chain_sum"), 1, 1000, Sampling(max_new_tokens=10))
-    for lowest, wanted in ((0, all_layers), (10**6 - 1, last_layer)):
+    for lowest, wanted in zip((0, 5 * 10**5, 10**6 - 1), costs, strict=True):
         work = update_work(shape, source, prompt=0.0, lowest=lowest, below_block=False, budget=2048)
         assert work.flops / (10_000 * shape.flops_per_token) == pytest.approx(wanted, abs=1e-3)
 
@@ -106,6 +108,15 @@ def test_a_plan_is_read_in_two_columns(experiment: Experiment) -> None:
     }  # fmt: skip
     assert "24 completions" in said["rollouts"]
     assert "3 steps of 4 prompts × 2 samples × at most 6 tokens" in said["trained"]
+
+
+def test_a_plan_says_its_micro_batches(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert f"micro-batches of {CAP_TOKENS} tokens, the most by default" in dict(plan(experiment).rows())["updates"]
+    asked = replace(experiment, token_budget=77)
+    assert "micro-batches of 77 tokens, as asked for" in dict(plan(asked).rows())["updates"]
+    monkeypatch.setattr(planning, "free_memory_bytes", lambda gpu: 10_000_000)
+    cramped = plan(experiment)
+    assert 1 <= cramped.token_budget < CAP_TOKENS and "free here and now" in dict(cramped.rows())["updates"]
 
 
 def test_without_a_tokenizer_prompt_tokens_are_guessed_and_said_so(experiment: Experiment, config_folder: Path) -> None:

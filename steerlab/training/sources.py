@@ -21,6 +21,8 @@ from steerlab.runs import CostLedger
 from steerlab.tasks import Problem, Task, encode
 from steerlab.training.world import ALONE, World
 
+KEPT_BYTES = 2 << 30  # of hidden states kept from sampling; beyond it the update begins at the bottom
+
 
 @dataclass(frozen=True)
 class Tally:
@@ -143,6 +145,9 @@ class RolloutSource:
         self.encoded = [tuple(encode(spec.task.prompt(p), policy.model.tokenizer)) for p in self.problems]
         check_fit(policy.model, self.encoded, spec.sampling)
         self.first_block = 0 if policy.adapter is None else policy.adapter.first_block
+        n_tokens = spec.prompts * spec.samples * spec.sampling.max_new_tokens  # of all processes: a rule for the run
+        states = n_tokens * policy.model.d_model * policy.model.dtype.itemsize
+        self.keeps = self.first_block > 0 and states <= KEPT_BYTES
 
     def chosen(self, step: int) -> list[int]:
         """Indices of the problems of a step: consecutive pieces of epochs, each epoch shuffled anew."""
@@ -165,7 +170,7 @@ class RolloutSource:
             seed=self.seed,
             step=step,
             max_rows=self.spec.max_rows,
-            keep=self.first_block > 0,
+            keep=self.keeps,
         )
 
     def receive(self, step: int, request: Request, completions: Completions) -> Drawn:

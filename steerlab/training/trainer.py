@@ -238,7 +238,7 @@ class Trainer:
 
         settled = self.world.from_leader(settle)
         model = self.policy.model
-        model.products = settled["products"] if self.shards is None else "plain"
+        model.products = settled.get("products", "plain") if self.shards is None else "plain"
         if model.products == "packed" and not possible(model):
             raise UsageError(
                 f"{self.run.folder} was begun with packed matrix products, which this machine cannot do (or lacks the "

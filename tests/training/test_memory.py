@@ -12,6 +12,7 @@ from torch import Tensor
 from steerlab.batches import RolloutBatch
 from steerlab.errors import RunFailed
 from steerlab.models import LanguageModel
+from steerlab.models.head import CHUNK_TOKENS
 from steerlab.recipes import rloo
 from steerlab.rollouts import Policy
 from steerlab.runs import Run
@@ -130,17 +131,18 @@ def test_the_budget_is_chosen_once(
     assert experiment.token_budget is None
     first = trained(3, 10_000_000, stop=True).token_budget
     assert 1 < first < memory.CAP_TOKENS
-    assert Run.open(tmp_path / "run").manifest["engine"] == {"token_budget": first, "processes": 1}
+    engine = Run.open(tmp_path / "run").manifest["engine"]
+    assert engine["token_budget"] == first and engine["processes"] == 1 and engine["products"] in ("plain", "packed")
     assert trained(3, 10_000_000_000).token_budget == first
 
 
 def test_the_rule() -> None:
     each = memory.bytes_per_token(n_layers=30, d_model=576, d_kv=192, d_mlp=1536, itemsize=2)
     assert each == 30 * (8 * 576 + 2 * 192 + 4 * 1536) * 2
-    d_vocab, head = 49_152, 256 * 49_152 * 12
+    d_vocab, head = 49_152, CHUNK_TOKENS * 49_152 * 12
     assert memory.budget(None, each, d_vocab) == memory.CAP_TOKENS == memory.budget(10**12, each, d_vocab)
-    assert memory.budget(2 * (1000 * each + head), each, d_vocab) == 1000
-    assert memory.budget(4 * (1000 * each + head), each, d_vocab, processes=2) == 1000
+    assert memory.budget(2 * (500 * each + head), each, d_vocab) == 500
+    assert memory.budget(4 * (500 * each + head), each, d_vocab, processes=2) == 500
     assert memory.budget(0, each, d_vocab) == memory.budget(-5, each, d_vocab) == 1
     assert memory.update_bytes(1000, each, d_vocab) == 1000 * each + head
 

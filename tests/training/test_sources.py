@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import pytest
 import torch
 
+from steerlab.adapters import Steering
 from steerlab.errors import UsageError
-from steerlab.models import LanguageModel
+from steerlab.models import LanguageModel, tiny
 from steerlab.rollouts import Completions, Policy, Rows, Sampling
 from steerlab.runs import CostLedger
 from steerlab.tasks import Judgement, Message, Problem, Prompt, encode
-from steerlab.training import Rollouts
+from steerlab.training import Rollouts, sources
 from steerlab.training.world import World
 
 
@@ -143,3 +144,15 @@ def test_bad_settings_are_refused(tiny_llama: LanguageModel) -> None:
         Rollouts(Letters(())).open(Policy(tiny_llama), 0, CostLedger())
     with pytest.raises(UsageError, match="context"):  # before any step, not hours into a run
         Rollouts(Letters(), sampling=Sampling(max_new_tokens=10_000)).open(Policy(tiny_llama), 0, CostLedger())
+
+
+def test_too_many_states_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether states are kept is a rule of the run, and says nothing else of what is sampled."""
+    model = tiny.model("llama")
+    policy = Policy(model, Steering((2,)).init(model))
+    spec = Rollouts(Letters(), prompts=2, samples=2, sampling=Sampling(max_new_tokens=4))
+    kept = spec.open(policy, 0, CostLedger()).next(0).batch
+    monkeypatch.setattr(sources, "KEPT_BYTES", 2 * 2 * 4 * 32 * 4 - 1)
+    bare = spec.open(policy, 0, CostLedger()).next(0).batch
+    assert kept.kept is not None and kept.kept.block == 3 and bare.kept is None
+    assert torch.equal(kept.completions, bare.completions)
