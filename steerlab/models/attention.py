@@ -14,7 +14,7 @@ in transformers' eager attention. Leaves out: dropout (models are frozen, in eva
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -148,7 +148,7 @@ class Stream:
     keep: called with (layer, keys, values), each (kv_head, slot, d), where a prefill wants them.
     """
 
-    def __init__(self, blocks: Sequence[Segment], keep: Any = None) -> None:
+    def __init__(self, blocks: Sequence[Segment], keep: Callable[[int, Tensor, Tensor], None] | None = None) -> None:
         self.blocks, self.keep = tuple(blocks), keep
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
