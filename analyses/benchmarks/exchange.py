@@ -57,7 +57,7 @@ class Forced:
 
     @property
     def task(self) -> Task:
-        raise NotImplementedError("the workload has no task: nothing is evaluated here")
+        raise ValueError("the workload has no task: nothing is evaluated here")
 
     def open(self, policy: Policy, seed: int, ledger: CostLedger, world: World = ALONE) -> ForcedSource:
         return ForcedSource(self.work, policy, seed, ledger, world)
