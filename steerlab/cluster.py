@@ -9,7 +9,8 @@ A task whose worker is lost is run again, at most RETRIES times, and goes on fro
 it then gets sees the runs' folders (a shared file system). Where a machine does not, the task works in a folder of its
 own, starts again if it is lost, and sends the files of its runs back at the end.
 
-Ray is an extra, imported here and nowhere else. Left out: starting clusters of several machines, tasks of several GPUs.
+Workers use the environment that their machine has. Ray is an extra, imported here and nowhere else. Left out: starting
+clusters of several machines, tasks of several GPUs.
 """
 
 from __future__ import annotations
@@ -137,6 +138,8 @@ def connected(address: str | None) -> Iterator[Any]:
         yield None
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Under `uv run`, Ray would have every worker build an environment of its own from a copy of the working folder.
+    os.environ.setdefault("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns of what it will do one day
     try:
         import ray
