@@ -1,8 +1,8 @@
 """How far a completion depends on the batch it was sampled in, and log-probs on how they were computed, per dtype.
 
 Claim: with each row drawing from its own stream, fp64 gives the same tokens whatever the batch split; in fp32 and bf16
-a few tokens differ, because matrix products of other shapes round otherwise. Reported: the share of completions and
-of tokens that differ from the split of all rows at once (tokens after a first difference count as different), and
+a few tokens differ, because matrix products of other shapes round otherwise. Reported: the shares of `completions` and
+of `tokens` that differ from the split of all rows at once (tokens after a first difference count as different), and
 teacher-forced minus recorded log-probabilities in nats.
 
     uv run python analyses/benchmarks/batch_invariance.py --out analyses/benchmarks/results
@@ -10,19 +10,19 @@ teacher-forced minus recorded log-probabilities in nats.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import torch
 import tyro
+from workload import Row, Scale, report
 
 from steerlab.batches import RolloutBatch
 from steerlab.models import load
 from steerlab.rollouts import Completions, Policy, Rows, Sampling
-from steerlab.runs import atomic_write, environment
 from steerlab.tasks import encode, make
+
+COLUMNS = ("case", "completions", "tokens", "logprob_gap_mean_nats", "logprob_gap_max_nats")
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,16 @@ class Options:
     """splits: rows decoded at once, compared with all at once."""
 
     out: Path | None = None
-    scale: Literal["tiny", "small"] = "small"
+    scale: Scale = "small"
     dtypes: tuple[str, ...] = ("fp64", "fp32", "bf16")
     splits: tuple[int, ...] = (32, 7)
     model: str = "smollm2-135m"
 
 
-def main(options: Options) -> list[dict[str, object]]:
+def main(options: Options) -> list[Row]:
     """Prints a table and, with --out, writes JSON."""
     n_problems, tokens = (2, 6) if options.scale == "tiny" else (12, 24)
-    found = []
+    found: list[Row] = []
     for dtype in options.dtypes:
         model = load(options.model, dtype=dtype)
         task = make("chain_sum")
@@ -64,17 +64,7 @@ def main(options: Options) -> list[dict[str, object]]:
                     "logprob_gap_max_nats": float(gap.abs().max()),
                 }
             )
-    print("| case | completions that differ | tokens that differ | log-prob gap, mean (nats) | max |")
-    print("|---|---|---|---|---|")
-    for row in found:
-        print(
-            f"| {row['case']} | {row['completions']:.1%} | {row['tokens']:.1%} | {row['logprob_gap_mean_nats']:.1e} | "
-            f"{row['logprob_gap_max_nats']:.1e} |"
-        )
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        written = {"machine": environment(), "rows": found}
-        atomic_write(options.out / "batch_invariance.json", json.dumps(written, indent=1) + "\n")
+    report(found, COLUMNS, options.out, "batch_invariance")
     return found
 
 

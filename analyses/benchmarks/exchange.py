@@ -17,12 +17,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import torch
 import tyro
 import workload
-from workload import MIB, Peaks, Scale, Side, StepInfo, Workload
+from rl_step import batch_of
+from workload import MIB, Dtype, Peaks, Row, Side, StepInfo, Workload
 
 from steerlab.training.world import ALONE, World
 
@@ -37,16 +38,12 @@ COLUMNS = ("dtype", "case", "ratio", "spread", "ours", "rival", "exchanged_bytes
 
 
 @dataclass(frozen=True)
-class Options:
-    """threads: of the machine, shared by the processes of a side. serve: run the steps of one process (used within)."""
+class Options(workload.Options):
+    """threads: of the machine, shared by the processes of a side."""
 
-    out: Path | None = None
-    scale: Scale = "small"
-    dtypes: tuple[Literal["bf16", "fp32"], ...] = ("bf16",)
+    dtypes: tuple[Dtype, ...] = ("bf16",)
     processes: int = 2
-    repeats: int = 5
-    threads: int = 2
-    serve: bool = False
+    serve: bool = False  # run the steps of one process, one per line on standard input
 
 
 @dataclass(frozen=True)
@@ -84,23 +81,10 @@ class ForcedSource:
         return Request((), mine.prompts, rows, sampling, self.seed, step, max_rows=256, keep=keep)
 
     def receive(self, step: int, request: Request, completions: Completions) -> Drawn:  # noqa: ARG002
-        from steerlab.batches import RolloutBatch
         from steerlab.training.sources import Drawn, tally
 
         mine = replace(self.work, groups=tuple(self.world.share(self.work.groups)))
-        assert completions.lengths.tolist() == list(mine.lengths), "the forced lengths were not kept"
-        rewards = torch.tensor(mine.rewards)
-        kept = completions.kept(self.policy.adapter.first_block, len(mine.groups)) if request.keep else None
-        batch = RolloutBatch(
-            mine.prompts,
-            request.rows.prompt,
-            completions.tokens,
-            completions.lengths,
-            completions.logprobs,
-            rewards,
-            rewards > 0,
-            kept=kept,
-        )
+        batch = batch_of(mine, request.rows, completions, self.policy.adapter.first_block)
         return Drawn(batch, tally(batch, completions.finished))
 
     def next(self, step: int) -> Drawn:
@@ -149,6 +133,7 @@ def serve(options: Options) -> None:
     """One process of a side, alone or not as its environment says."""
     from steerlab.training.world import leave
 
+    torch.set_num_threads(options.threads)
     world = World.from_environment()
     model, work = workload.subject(options.scale, options.dtypes[0])
     with tempfile.TemporaryDirectory() as folder:
@@ -165,14 +150,15 @@ def launched(n: int) -> list[dict[str, str]]:
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n)]
 
 
-def compare(dtype: str, options: Options) -> dict[str, Any]:
+def compare(model: LanguageModel, work: Workload, options: Options) -> Row:
     """One row of the table: ratio is one process's seconds ÷ those of several."""
-    arguments = [str(Path(__file__).resolve()), "--serve", "--scale", options.scale, "--dtypes", dtype, "--threads"]
-    several = Side([*arguments, str(max(1, options.threads // options.processes))], launched(options.processes))
+    arguments = [str(Path(__file__).resolve()), "--serve", "--scale", options.scale]
+    arguments += ["--dtypes", workload.dtype_name(model), "--threads"]
+    each = max(1, options.threads // options.processes)
+    several = Side([*arguments, str(each)], launched(options.processes))
     alone = Side([*arguments, str(options.threads)])
-    pairs = workload.in_turns([several.step, alone.step], options.repeats)
+    _, *pairs = workload.in_turns([several.step, alone.step], options.repeats)
     several.close(), alone.close()
-    model, work = workload.subject(options.scale, dtype)
     assert all(pair[0].completion_tokens == pair[1].completion_tokens == sum(work.lengths) for pair in pairs)
     (sent,) = {pair[0].exchanged_bytes for pair in pairs}
     bound = 2 * model.n_layers * model.d_model * 4
@@ -184,21 +170,17 @@ def compare(dtype: str, options: Options) -> dict[str, Any]:
         "share_of_bound": sent / bound,
         "whole_model_bytes": 2 * 4 * sum(p.numel() for p in model.hf.parameters()),
         "peak_mib": [max(pair[side].peak_bytes for pair in pairs) / MIB for side in (0, 1)],
-        "dtype": dtype,
         "completion_tokens": sum(work.lengths),
-        "threads_per_process": [max(1, options.threads // options.processes), options.threads],
+        "threads_per_process": [each, options.threads],
     }
 
 
-def main(options: Options) -> list[dict[str, Any]]:
-    """Prints a table and, with --out, writes JSON."""
-    torch.set_num_threads(options.threads)
+def main(options: Options) -> list[Row]:
+    """Prints a table and, with --out, writes JSON; or serves."""
     if options.serve:
         serve(options)
         return []
-    rows = [compare(dtype, options) for dtype in options.dtypes]
-    workload.report(rows, COLUMNS, options.out, "exchange")
-    return rows
+    return workload.table(options, COLUMNS, "exchange", lambda model, work: [compare(model, work, options)])
 
 
 if __name__ == "__main__":

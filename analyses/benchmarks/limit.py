@@ -18,11 +18,9 @@ activations, sampling, log-probabilities, the optimiser. Claim: a step takes at 
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -30,7 +28,7 @@ import tyro
 import workload
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from workload import Scale, Workload
+from workload import Row, Workload, median
 
 from steerlab.models.head import CHUNK_TOKENS
 
@@ -40,17 +38,14 @@ if TYPE_CHECKING:
 
 COLUMNS = ("dtype", "case", "limit_s", "fastest_limit_s", "prefill_s", "decode_s", "update_s", "gflop", "gflop_per_s")
 
+Case = Literal["all", "middle", "last"]
+
 
 @dataclass(frozen=True)
-class Options:
+class Options(workload.Options):
     """cases: which layers are trained (rl_step.py)."""
 
-    out: Path | None = None
-    scale: Scale = "small"
-    dtypes: tuple[Literal["bf16", "fp32"], ...] = ("bf16", "fp32")
-    cases: tuple[Literal["all", "middle", "last"], ...] = ("all", "middle", "last")
-    repeats: int = 5
-    threads: int = 2
+    cases: tuple[Case, ...] = ("all", "middle", "last")
 
 
 @dataclass(frozen=True)
@@ -183,39 +178,35 @@ def first_block(case: str, n_layers: int) -> int:
     return {"all": 0, "middle": n_layers // 2, "last": n_layers - 1}[case] + 1
 
 
-def facts(products: Products, measured: list[Limit]) -> dict[str, object]:
+def facts(products: Products, measured: Sequence[Limit]) -> Row:
     """Medians of several measurements, as columns of a row."""
-    flops, total_s = products.flops(), statistics.median(limit.total_s for limit in measured)
-    packed = [limit.packed_decode_s for limit in measured if limit.packed_decode_s is not None]
+    flops, total_s = products.flops(), median(measured, "total_s")
     return {
         "limit_s": total_s,
         "limit_spread_s": [min(m.total_s for m in measured), max(m.total_s for m in measured)],
-        "fastest_limit_s": statistics.median(limit.fastest_s for limit in measured),
-        "prefill_s": statistics.median(limit.prefill_s for limit in measured),
-        "decode_s": statistics.median(limit.decode_s for limit in measured),
-        "packed_decode_s": statistics.median(packed) if packed else None,
-        "update_s": statistics.median(limit.update_s for limit in measured),
+        "fastest_limit_s": median(measured, "fastest_s"),
+        "prefill_s": median(measured, "prefill_s"),
+        "decode_s": median(measured, "decode_s"),
+        "packed_decode_s": median(measured, "packed_decode_s") if measured[0].packed_decode_s is not None else None,
+        "update_s": median(measured, "update_s"),
         "gflop": sum(flops.values()) / 1e9,
         "gflop_by_part": {name: amount / 1e9 for name, amount in flops.items()},
         "gflop_per_s": sum(flops.values()) / 1e9 / total_s,
     }
 
 
-def main(options: Options) -> list[dict[str, object]]:
+def main(options: Options) -> list[Row]:
     """Prints a table and, with --out, writes JSON."""
     from steerlab.training.memory import budget_for
 
-    torch.set_num_threads(options.threads)
-    rows: list[dict[str, object]] = []
-    for dtype in options.dtypes:
-        model, work = workload.subject(options.scale, dtype)
-        for case in options.cases:
-            products = Products(model, work, first_block(case, model.n_layers), budget_for(model))
-            (measured,) = zip(*workload.in_turns([products.measure], options.repeats), strict=True)
-            rows.append({"case": case, "dtype": dtype, **facts(products, list(measured))})
-            rows[-1] |= {"repeats": options.repeats, "threads": torch.get_num_threads()}
-    workload.report(rows, COLUMNS, options.out, "limit")
-    return rows
+    def row(model: LanguageModel, work: Workload, case: Case) -> Row:
+        products = Products(model, work, first_block(case, model.n_layers), budget_for(model))
+        _, *turns = workload.in_turns([products.measure], options.repeats)
+        return {"case": case, **facts(products, [measured for (measured,) in turns])}
+
+    return workload.table(
+        options, COLUMNS, "limit", lambda model, work: [row(model, work, case) for case in options.cases]
+    )
 
 
 if __name__ == "__main__":

@@ -22,32 +22,45 @@ copy and all), after freed memory was given back; of each side's first step, in 
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import limit
 import torch
+import tyro
 import workload
-from workload import MIB, Peaks, Side, StepInfo, Workload
+from workload import MIB, Peaks, Row, Side, StepInfo, Workload, median
 
 from steerlab.runs import give_back_memory
 
 if TYPE_CHECKING:
+    from steerlab.batches import RolloutBatch
     from steerlab.models import LanguageModel
+    from steerlab.rollouts import Completions, Rows
 
 HERE = Path(__file__).parent
 CASES = {"all": None, "middle": (15,), "last": (29,)}
 RIVALS = {"steering": "bias", "lora": "lora", "lora-tuned": "lora-tuned"}  # what trl_baseline.py calls them
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 COLUMNS = (
     *("dtype", "case", "ratio", "spread", "ours", "rival", "rollout_s", "update_s"),
     *("peak_mib", "limit_s", "share_of_limit"),
 )
+
+
+@dataclass(frozen=True)
+class Options(workload.Options):
+    """scale: TRL's side has the real model only."""
+
+    scale: Literal["small"] = "small"
+    cases: tuple[limit.Case, ...] = ("all", "middle", "last")
+    adapter: Literal["steering", "lora", "lora-tuned"] = "steering"
+    rival_micro_batch: int = 8  # rows per backward pass of TRL; 8 is fastest here
+    token_budget: int | None = None  # tokens per micro-batch; the trainer's own rule if not given
+    serve: bool = False  # run steerlab's steps, one per line on standard input
 
 
 def make_step(
@@ -60,7 +73,6 @@ def make_step(
     """A function that runs one full step of steerlab on a workload and reports it. Call it once to warm up.
     token_budget: tokens per micro-batch, None for the trainer's own rule."""
     from steerlab.adapters import LoRA, Steering
-    from steerlab.batches import RolloutBatch
     from steerlab.objectives import PolicyGradient
     from steerlab.rollouts import Policy, Rows, Sampling
     from steerlab.training import AdamW
@@ -83,17 +95,7 @@ def make_step(
         rollout_s = time.perf_counter() - start
         peaks.between()
         start = time.perf_counter()
-        assert done.lengths.tolist() == list(work.lengths), "the forced lengths were not kept"
-        batch = RolloutBatch(
-            prompts=prompts,
-            group=rows.prompt,
-            completions=done.tokens,
-            lengths=done.lengths,
-            logprobs=done.logprobs,
-            rewards=torch.tensor(work.rewards),
-            correct=torch.tensor(work.rewards) > 0,
-            kept=done.kept(first_block, len(prompts)) if first_block > 0 else None,
-        )
+        batch = batch_of(work, rows, done, first_block)
         for micro in objective.prepare(batch).micro_batches(budget):
             objective(policy, micro).value.backward()
         updater.update(number)
@@ -111,17 +113,24 @@ def make_step(
     return step
 
 
-def serve(dtype: str, case: str, token_budget: int | None, adapter: str) -> None:
-    """steerlab's side."""
-    model, work = workload.subject("small", dtype)
-    workload.serve(make_step(model, work, CASES[case], token_budget, adapter))
+def batch_of(work: Workload, rows: Rows, done: Completions, first_block: int) -> RolloutBatch:
+    """Completions that keep to the workload, with its rewards."""
+    from steerlab.batches import RolloutBatch
+
+    assert done.lengths.tolist() == list(work.lengths), "the forced lengths were not kept"
+    rewards = torch.tensor(work.rewards)
+    kept = done.kept(first_block, len(work.groups)) if first_block > 0 else None
+    return RolloutBatch(
+        work.prompts, rows.prompt, done.tokens, done.lengths, done.logprobs, rewards, rewards > 0, kept=kept
+    )
 
 
-def sides(options: argparse.Namespace, dtype: str, case: str, token_budget: int) -> tuple[Side, Side]:
+def sides(model: LanguageModel, options: Options, case: limit.Case, token_budget: int) -> tuple[Side, Side]:
     """steerlab and TRL, each in a process of its own."""
     from steerlab.models import origins
 
-    layers, common = CASES[case], ["--serve", "--threads", str(options.threads)]
+    dtype, layers = workload.dtype_name(model), CASES[case]
+    common = ["--serve", "--threads", str(options.threads)]
     chosen = ["--dtypes", dtype, "--cases", case, "--adapter", options.adapter, "--token-budget", str(token_budget)]
     ours = Side([str(Path(__file__).resolve()), *common, *chosen])
     theirs = Side(
@@ -129,7 +138,7 @@ def sides(options: argparse.Namespace, dtype: str, case: str, token_budget: int)
             str(HERE / "trl_baseline.py"),
             str(origins.alias_folder("smollm2-135m")),
             *common,
-            *("--dtype", DTYPES[dtype]),
+            *("--dtype", str(model.dtype).removeprefix("torch.")),
             *("--micro-batch", str(options.rival_micro_batch)),
             *("--adapter", RIVALS[options.adapter]),
             *(() if layers is None else ("--layers", *map(str, layers))),
@@ -138,30 +147,26 @@ def sides(options: argparse.Namespace, dtype: str, case: str, token_budget: int)
     return ours, theirs
 
 
-def compare(options: argparse.Namespace, dtype: str, case: str) -> list[dict[str, object]]:
+def compare(model: LanguageModel, work: Workload, case: limit.Case, options: Options) -> list[Row]:
     """Both sides and the limit in turns; medians over `repeats` steps after one warm-up each."""
     from steerlab.training.memory import budget_for
 
-    model, work = workload.subject("small", dtype)
     budget = budget_for(model) if options.token_budget is None else options.token_budget
     products = limit.Products(model, work, limit.first_block(case, model.n_layers), budget)
-    ours, theirs = sides(options, dtype, case, budget)
-    first = ours.step(), theirs.step()
-    products.measure()
-    turns = [(ours.step(), theirs.step(), products.measure()) for _ in range(options.repeats)]
+    ours, theirs = sides(model, options, case, budget)
+    (*first, _), *turns = workload.in_turns([ours.step, theirs.step, products.measure], options.repeats)
     ours.close(), theirs.close()
-    steps, limits = [(own, rival) for own, rival, _ in turns], [measured for _, _, measured in turns]
-    shares = [measured.total_s / own.wall_s for own, _, measured in turns]
+    own, rival, limits = zip(*turns, strict=True)
+    shares = [measured.total_s / step.wall_s for step, _, measured in turns]
 
     def middle(name: str) -> list[float]:
-        return [statistics.median(getattr(pair[side], name) for pair in steps) for side in (0, 1)]
+        return [median(own, name), median(rival, name)]
 
-    facts = {"adapter": options.adapter, "dtype": dtype, "rival_micro_batch": options.rival_micro_batch}
-    facts |= {"token_budget": budget, "products": model.products}
+    facts = {"adapter": options.adapter, "rival_micro_batch": options.rival_micro_batch, "token_budget": budget}
     measured = limit.facts(products, limits)
     row = {
         "case": case,
-        **workload.compared([own.wall_s for own, _ in steps], [rival.wall_s for _, rival in steps]),
+        **workload.compared([step.wall_s for step in own], [step.wall_s for step in rival]),
         "rollout_s": middle("rollout_s"),
         "update_s": middle("update_s"),
         "peak_mib": [amount / MIB for amount in middle("peak_bytes")],
@@ -170,7 +175,7 @@ def compare(options: argparse.Namespace, dtype: str, case: str) -> list[dict[str
     if options.adapter == "steering":
         row |= {name: measured[name] for name in ("limit_s", "limit_spread_s", "fastest_limit_s", "gflop")}
         row |= {"share_of_limit": statistics.median(shares), "share_of_limit_spread": [min(shares), max(shares)]}
-        row["share_of_fastest_limit"] = statistics.median(m.fastest_s / own.wall_s for own, _, m in turns)
+        row["share_of_fastest_limit"] = statistics.median(m.fastest_s / step.wall_s for step, _, m in turns)
         row["limit_parts_s"] = {
             name: measured[name] for name in ("prefill_s", "decode_s", "packed_decode_s", "update_s")
         }
@@ -180,34 +185,20 @@ def compare(options: argparse.Namespace, dtype: str, case: str) -> list[dict[str
     return [row, {"case": f"update_memory_{case}", **memory}]
 
 
-def parsed() -> argparse.Namespace:
-    """The command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--dtypes", nargs="+", choices=("fp32", "bf16"), default=["bf16", "fp32"])
-    parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=list(CASES))
-    parser.add_argument("--adapter", choices=tuple(RIVALS), default="steering")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument(
-        "--rival-micro-batch", type=int, default=8, help="rows per backward pass of TRL; 8 is fastest here"
-    )
-    parser.add_argument("--token-budget", type=int, help="tokens per micro-batch; the trainer's own rule if not given")
-    parser.add_argument("--serve", action="store_true", help="run steerlab's steps, one per line on standard input")
-    parser.add_argument("--out", type=Path)
-    return parser.parse_args()
-
-
-def main() -> None:
-    """Prints a table and, with --out, writes JSON."""
-    options = parsed()
-    torch.set_num_threads(options.threads)
+def main(options: Options) -> list[Row]:
+    """Prints a table and, with --out, writes JSON; or serves."""
     if options.serve:
-        serve(options.dtypes[0], options.cases[0], options.token_budget, options.adapter)
-        return
-    rows = [row for dtype in options.dtypes for case in options.cases for row in compare(options, dtype, case)]
+        torch.set_num_threads(options.threads)
+        model, work = workload.subject(options.scale, options.dtypes[0])
+        workload.serve(make_step(model, work, CASES[options.cases[0]], options.token_budget, options.adapter))
+        return []
     name = "rl_step" if options.adapter == "steering" else f"rl_step_{options.adapter}"
-    workload.report(rows, COLUMNS, options.out, name)
+
+    def rows(model: LanguageModel, work: Workload) -> list[Row]:
+        return [row for case in options.cases for row in compare(model, work, case, options)]
+
+    return workload.table(options, COLUMNS, name, rows)
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Options, description=__doc__))

@@ -16,13 +16,12 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
 import tyro
 import workload
-from workload import MIB, ForcedLengths, Scale, Workload, lengths_of
+from workload import MIB, ForcedLengths, Row, Workload, lengths_of
 
 from steerlab.runs import give_back_memory
 
@@ -34,15 +33,10 @@ COLUMNS = ("dtype", "case", "ratio", "spread", "ours_tokens_per_s", "rival_token
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(workload.Options):
     """cases: ragged lengths with prompts, or decoding alone."""
 
-    out: Path | None = None
-    scale: Scale = "small"
-    dtypes: tuple[Literal["bf16", "fp32"], ...] = ("bf16", "fp32")
     cases: tuple[Literal["ragged", "decode"], ...] = ("ragged", "decode")
-    repeats: int = 5
-    threads: int = 2
 
 
 @dataclass(frozen=True)
@@ -128,14 +122,15 @@ def rival(model: LanguageModel, work: Workload) -> Callable[[], Run]:
     return run
 
 
-def compare(model: LanguageModel, work: Workload, case: str, options: Options) -> dict[str, object]:
+def compare(model: LanguageModel, work: Workload, case: str, options: Options) -> Row:
     """One row of the table."""
     if case == "decode":
         work = work.with_prompt_tokens(PROMPT_TOKENS).with_lengths(
             DECODE_TOKENS if options.scale == "small" else max(work.lengths)
         )
     sides = ours(model, work), rival(model, work)
-    own, other = zip(*workload.in_turns(sides, options.repeats), strict=True)
+    _, *turns = workload.in_turns(sides, options.repeats)
+    own, other = zip(*turns, strict=True)
     peaks = []
     for side in sides:
         give_back_memory()
@@ -145,15 +140,12 @@ def compare(model: LanguageModel, work: Workload, case: str, options: Options) -
     def seconds(runs: tuple[Run, ...]) -> list[float]:
         return [run.decode_s if case == "decode" else run.wall_s for run in runs]
 
-    row = workload.compared(seconds(own), seconds(other))
     return {
         "case": case,
-        **row,
+        **workload.compared(seconds(own), seconds(other)),
         "ours_tokens_per_s": statistics.median(tokens / s for s in seconds(own)),
         "rival_tokens_per_s": statistics.median(tokens / s for s in seconds(other)),
         "peak_mib": peaks,
-        "dtype": workload.dtype_name(model),
-        "products": model.products,
         "prompt_tokens": [len(prompt) for prompt in work.prompts],
         "rows": len(work.lengths),
         "completion_tokens": sum(work.lengths),
@@ -161,15 +153,11 @@ def compare(model: LanguageModel, work: Workload, case: str, options: Options) -
     }
 
 
-def main(options: Options) -> list[dict[str, object]]:
+def main(options: Options) -> list[Row]:
     """Prints a table and, with --out, writes JSON."""
-    torch.set_num_threads(options.threads)
-    rows = []
-    for dtype in options.dtypes:
-        model, work = workload.subject(options.scale, dtype)
-        rows += [compare(model, work, case, options) for case in options.cases]
-    workload.report(rows, COLUMNS, options.out, "rollout")
-    return rows
+    return workload.table(
+        options, COLUMNS, "rollout", lambda model, work: [compare(model, work, case, options) for case in options.cases]
+    )
 
 
 if __name__ == "__main__":

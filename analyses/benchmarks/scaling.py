@@ -5,8 +5,8 @@ Workload W, all layers trained, whole steps (rl_step.py). `samples`: 32 to 256 r
 `tokens`: 32 rows, every completion of 64 to 512 tokens. slope: of ln seconds against ln rows, or ln completion tokens,
 by least squares over one pass through the sizes; median and range over passes. 1 is proportional; below 1, fixed costs
 (prompts, one weight read per decode step) are shared; above 1, something grows faster than the work, attention for
-one. `flop_slope` is the slope of the needed FLOPs (limit.py, which leaves attention out). Claim: `samples` and
-`tokens` lie in 0.90-1.05.
+one. `flop_slope` is the slope of the needed FLOPs (limit.py, which leaves attention out). Claim: the slope must lie in
+0.90–1.05 for `samples` and `tokens`; `holds` says whether it does. Of `group`, which shares prompts, nothing is asked.
 
     uv run python analyses/benchmarks/scaling.py --out analyses/benchmarks/results
 """
@@ -16,35 +16,37 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import limit
 import numpy as np
-import torch
 import tyro
 import workload
 from rl_step import make_step
-from workload import MIB, Scale, StepInfo, Workload
+from workload import MIB, Dtype, Row, StepInfo, Workload, median
+
+if TYPE_CHECKING:
+    from steerlab.models import LanguageModel
 
 ROWS = (32, 64, 128, 256)
 TOKENS = (64, 128, 256, 512)
-COLUMNS = ("dtype", "case", "slope", "spread", "flop_slope", "sizes", "ours", "rollout_s", "update_s", "peak_mib")
+MUST = (0.90, 1.05)
+COLUMNS = (
+    *("dtype", "case", "slope", "spread", "must", "holds", "flop_slope", "sizes", "ours"),
+    *("rollout_s", "update_s", "peak_mib"),
+)
 Case = Literal["samples", "group", "tokens"]
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(workload.Options):
     """repeats: passes through all sizes; a pass at bf16 takes minutes, and its sizes are the repeats of a slope."""
 
-    out: Path | None = None
-    scale: Scale = "small"
-    dtypes: tuple[Literal["bf16", "fp32"], ...] = ("bf16",)
+    dtypes: tuple[Dtype, ...] = ("bf16",)
     cases: tuple[Case, ...] = ("samples", "tokens")
     rows: tuple[int, ...] = ROWS
     tokens: tuple[int, ...] = TOKENS
     repeats: int = 1
-    threads: int = 2
 
 
 def sized(work: Workload, case: Case, size: int) -> Workload:
@@ -61,7 +63,7 @@ def slope(sizes: Sequence[float], amounts: Sequence[float]) -> float:
     return float(np.polyfit(np.log(sizes), np.log(amounts), 1)[0])
 
 
-def measure(model: Any, work: Workload, case: Case, options: Options) -> dict[str, Any]:
+def measure(model: LanguageModel, work: Workload, case: Case, options: Options) -> Row:
     """One row of the table: passes through all sizes, the smallest once before as a warm-up."""
     from steerlab.training.memory import budget_for
 
@@ -75,18 +77,18 @@ def measure(model: Any, work: Workload, case: Case, options: Options) -> dict[st
     products = [limit.Products(model, each, limit.first_block("all", model.n_layers), budget) for each in works]
 
     def by_size(name: str) -> list[float]:
-        return [statistics.median(getattr(done[i], name) for done in passes) for i in range(len(sizes))]
+        return [median(step, name) for step in zip(*passes, strict=True)]
 
-    def slope_of(name: str) -> float:
-        return slope(sizes, by_size(name))
-
+    middle = statistics.median(slopes)
     return {
         "case": case,
-        "slope": statistics.median(slopes),
+        "slope": middle,
         "spread": [min(slopes), max(slopes)],
+        "must": None if case == "group" else MUST,
+        "holds": None if case == "group" else MUST[0] <= middle <= MUST[1],
         "flop_slope": slope(sizes, [sum(each.flops().values()) for each in products]),
-        "rollout_slope": slope_of("rollout_s"),
-        "update_slope": slope_of("update_s"),
+        "rollout_slope": slope(sizes, by_size("rollout_s")),
+        "update_slope": slope(sizes, by_size("update_s")),
         "sizes": list(sizes),
         "ours": by_size("wall_s"),
         "rollout_s": by_size("rollout_s"),
@@ -95,23 +97,15 @@ def measure(model: Any, work: Workload, case: Case, options: Options) -> dict[st
         "completion_tokens": [sum(each.lengths) for each in works],
         "prompt_tokens": [each.prompt_tokens for each in works],
         "rows": [len(each.lengths) for each in works],
-        "dtype": workload.dtype_name(model),
-        "products": model.products,
         "token_budget": budget,
-        "repeats": options.repeats,
-        "threads": torch.get_num_threads(),
     }
 
 
-def main(options: Options) -> list[dict[str, Any]]:
+def main(options: Options) -> list[Row]:
     """Prints a table and, with --out, writes JSON."""
-    torch.set_num_threads(options.threads)
-    rows = []
-    for dtype in options.dtypes:
-        model, work = workload.subject(options.scale, dtype)
-        rows += [measure(model, work, case, options) for case in options.cases]
-    workload.report(rows, COLUMNS, options.out, "scaling")
-    return rows
+    return workload.table(
+        options, COLUMNS, "scaling", lambda model, work: [measure(model, work, case, options) for case in options.cases]
+    )
 
 
 if __name__ == "__main__":

@@ -34,15 +34,16 @@ import os
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
 
-import argparse
 import json
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
+import tyro
 import workload
 from datasets import Dataset
 from peft import PeftConfig
@@ -58,6 +59,20 @@ from transformers import (
 from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, get_peft_config
 from workload import ForcedLengths, Peaks, StepInfo, Workload, lengths_of
+
+
+@dataclass(frozen=True)
+class Options:
+    """The rival's setting. The backward pass stops at the lowest of `layers` here as well."""
+
+    folder: tyro.conf.Positional[Path]
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    adapter: Literal["bias", "lora", "lora-tuned"] = "bias"
+    micro_batch: int = 8  # rows per forward and backward pass of the update; generation is one batch in any case
+    layers: tuple[int, ...] | None = None  # trained layers; all of them when not given
+    threads: int = 2
+    steps: int = 2  # the first is a warm-up
+    serve: bool = False  # one step per line on standard input
 
 
 class _TimedTrainer(GRPOTrainer):
@@ -96,54 +111,41 @@ class _Clock(TrainerCallback):
         self.memory = self.peaks.stop()
 
 
-def build_model(
-    folder: Path, dtype: torch.dtype, layers: tuple[int, ...] | None = None, adapter: str = "bias"
-) -> LlamaForCausalLM:
+def build_model(options: Options) -> LlamaForCausalLM:
     """SmolLM2 as a Llama with MLP biases of zero; only the down-projections' are trained, of `layers` or of all.
 
     For LoRA the model as it is; the trainer wraps it.
     """
-    if adapter != "bias":
-        return LlamaForCausalLM.from_pretrained(folder, dtype=dtype)
-    config = LlamaConfig.from_pretrained(folder)
+    dtype = getattr(torch, options.dtype)
+    if options.adapter != "bias":
+        return LlamaForCausalLM.from_pretrained(options.folder, dtype=dtype)
+    config = LlamaConfig.from_pretrained(options.folder)
     config.mlp_bias = True
     logging.set_verbosity_error()  # it would report the new biases as missing
-    model = LlamaForCausalLM.from_pretrained(folder, config=config, dtype=dtype)
+    model = LlamaForCausalLM.from_pretrained(options.folder, config=config, dtype=dtype)
     for name, parameter in model.named_parameters():
         if ".mlp." in name and name.endswith("bias"):
             torch.nn.init.zeros_(parameter)
         parameter.requires_grad_(False)
-    for layer in range(config.num_hidden_layers) if layers is None else layers:
+    for layer in range(config.num_hidden_layers) if options.layers is None else options.layers:
         model.model.layers[layer].mlp.down_proj.bias.requires_grad_(True)
     return model
 
 
-def lora_config(layers: tuple[int, ...] | None, adapter: str) -> PeftConfig | None:
+def lora_config(options: Options) -> PeftConfig | None:
     """TRL's default LoRA, of `layers` or of all; None for the bias."""
-    if adapter == "bias":
+    if options.adapter == "bias":
         return None
-    dropout = {"lora_dropout": 0.0} if adapter == "lora-tuned" else {}
+    dropout = {"lora_dropout": 0.0} if options.adapter == "lora-tuned" else {}
     config = get_peft_config(ModelConfig(use_peft=True, **dropout))
-    config.layers_to_transform = None if layers is None else list(layers)
+    config.layers_to_transform = None if options.layers is None else list(options.layers)
     return config
 
 
-def make_step(
-    folder: Path,
-    dtype: torch.dtype,
-    layers: tuple[int, ...] | None = None,
-    micro_batch: int = 8,
-    lr: float = 1e-3,
-    adapter: str = "bias",
-) -> Callable[[], StepInfo]:
-    """A function that runs one full step of TRL on workload W and reports it. Call it once to warm up.
-
-    layers: the trained ones, None for all; the backward pass stops at the lowest of them here as well.
-    micro_batch: rows per forward and backward pass of the update; generation is one batch of all rows in any case.
-    """
+def make_step(options: Options) -> Callable[[], StepInfo]:
+    """A function that runs one full step of TRL on workload W and reports it. Call it once to warm up."""
     work = workload.load()
-    model = build_model(folder, dtype, layers, adapter)
-    trainer = _trainer(work, model, folder, micro_batch, lr, lora_config(layers, adapter), adapter == "lora")
+    trainer = _trainer(work, options)
     trainer.remove_callback(PrinterCallback)  # it would print between the lines that `serve` writes
     trainer.force(work.lengths, work.eos)
     trainer.peaks = Peaks()
@@ -158,7 +160,7 @@ def make_step(
             wall_s=wall_s,
             rollout_s=trainer.rollout_s,
             update_s=wall_s - trainer.rollout_s,
-            prompt_tokens=sum(len(group.tokens) for group in work.groups) * work.group_size,
+            prompt_tokens=work.prompt_tokens * work.group_size,
             completion_tokens=trainer.completion_tokens,
             **clock.memory,
         )
@@ -166,16 +168,8 @@ def make_step(
     return step
 
 
-def _trainer(
-    work: Workload,
-    model: LlamaForCausalLM,
-    folder: Path,
-    micro_batch: int,
-    lr: float,
-    lora: PeftConfig | None,
-    checkpointing: bool,
-) -> _TimedTrainer:
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+def _trainer(work: Workload, options: Options) -> _TimedTrainer:
+    model, tokenizer = build_model(options), AutoTokenizer.from_pretrained(options.folder, padding_side="left")
     for group in work.groups:
         assert tuple(tokenizer(group.text)["input_ids"]) == group.tokens, "this tokenizer is not SmolLM2's"
     rows = len(work.lengths)
@@ -187,19 +181,19 @@ def _trainer(
     arguments = GRPOConfig(
         output_dir=tempfile.mkdtemp(),
         max_steps=1,
-        per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=rows // micro_batch,
-        steps_per_generation=rows // micro_batch,
+        per_device_train_batch_size=options.micro_batch,
+        gradient_accumulation_steps=rows // options.micro_batch,
+        steps_per_generation=rows // options.micro_batch,
         num_generations=work.group_size,
         max_completion_length=max(work.lengths),
         shuffle_dataset=False,
         loss_type="dapo",
         beta=0.0,
         temperature=1.0,
-        learning_rate=lr,
+        learning_rate=1e-3,
         lr_scheduler_type="constant",
         max_grad_norm=2.0,
-        gradient_checkpointing=checkpointing,
+        gradient_checkpointing=options.adapter == "lora",
         use_cpu=True,
         bf16=False,
         fp16=False,
@@ -215,27 +209,14 @@ def _trainer(
         args=arguments,
         train_dataset=Dataset.from_dict({"prompt": [group.text for group in work.groups]}),
         processing_class=tokenizer,
-        peft_config=lora,
+        peft_config=lora_config(options),
     )
 
 
-def main() -> None:
-    """Prints steps as lines of JSON."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--adapter", choices=("bias", "lora", "lora-tuned"), default="bias")
-    parser.add_argument("--micro-batch", type=int, default=8)
-    parser.add_argument("--layers", type=int, nargs="+", help="trained layers; all of them when not given")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=2, help="the first is a warm-up")
-    parser.add_argument("--serve", action="store_true", help="one step per line on standard input")
-    options = parser.parse_args()
+def main(options: Options) -> None:
+    """Prints steps as lines of JSON; or serves."""
     torch.set_num_threads(options.threads)
-    layers = None if options.layers is None else tuple(options.layers)
-    step = make_step(
-        options.folder, getattr(torch, options.dtype), layers, options.micro_batch, adapter=options.adapter
-    )
+    step = make_step(options)
     if options.serve:
         workload.serve(step)
         return
@@ -244,4 +225,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Options, description=__doc__))

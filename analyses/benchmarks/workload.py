@@ -7,8 +7,8 @@ forcing that token as the last one or by stopping; it is free in everything else
 tokens, so that a trainer that tokenizes by itself can be checked.
 
 Here too, for every benchmark: what a measured step reports; `serve` and `Side`, by which sides run in processes of
-their own (a memory peak is then its own) while they are timed in turns; the model as steerlab's users have it; and the
-form in which results are printed and written. Left out: the sides themselves.
+their own (a memory peak is then its own) while they are timed in turns; the model as steerlab's users have it; the
+options that all have, and `table`, from them to what is printed and written. Left out: the sides themselves.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -36,7 +36,20 @@ HERE = Path(__file__).parent
 STORED = HERE / "workload.json"
 MIB = 2**20
 Scale = Literal["tiny", "small"]
+Dtype = Literal["bf16", "fp32"]
+Row = dict[str, Any]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every timing asks; a script adds its own."""
+
+    out: Path | None = None  # folder for the JSON
+    scale: Scale = "small"  # tiny measures nothing, it is for tests
+    dtypes: tuple[Dtype, ...] = ("bf16", "fp32")
+    repeats: int = 5  # after one warm-up
+    threads: int = 2
 
 
 @dataclass(frozen=True)
@@ -304,13 +317,16 @@ def lengths_of(tokens: torch.Tensor, eos: int) -> torch.Tensor:
 
 
 def in_turns(sides: Sequence[Callable[[], Any]], repeats: int) -> list[tuple[Any, ...]]:
-    """What the sides return, one after the other, `repeats` times after a warm-up of each."""
-    for side in sides:
-        side()
-    return [tuple(side() for side in sides) for _ in range(repeats)]
+    """What the sides return, one after the other: a warm-up of each, which comes first, then `repeats` times."""
+    return [tuple(side() for side in sides) for _ in range(1 + repeats)]
 
 
-def compared(ours: Sequence[float], rival: Sequence[float]) -> dict[str, object]:
+def median(measured: Iterable[object], name: str) -> float:
+    """Of one of their fields."""
+    return statistics.median(getattr(each, name) for each in measured)
+
+
+def compared(ours: Sequence[float], rival: Sequence[float]) -> Row:
     """Medians, and the ratio rival ÷ ours pair by pair with its range."""
     ratios = [theirs / own for own, theirs in zip(ours, rival, strict=True)]
     return {
@@ -319,8 +335,21 @@ def compared(ours: Sequence[float], rival: Sequence[float]) -> dict[str, object]
         "rival": statistics.median(rival),
         "spread": [min(ratios), max(ratios)],
         "repeats": len(ratios),
-        "threads": torch.get_num_threads(),
     }
+
+
+def table(
+    options: Options, columns: Sequence[str], name: str, rows_of: Callable[[LanguageModel, Workload], Iterable[Row]]
+) -> list[Row]:
+    """The rows of every dtype, reported. products: the faster way to multiply, as this process measured it."""
+    torch.set_num_threads(options.threads)
+    rows: list[Row] = []
+    for dtype in options.dtypes:
+        model, work = subject(options.scale, dtype)
+        stated = {"dtype": dtype, "products": model.products, "threads": options.threads, "repeats": options.repeats}
+        rows += [stated | row for row in rows_of(model, work)]
+    report(rows, columns, options.out, name)
+    return rows
 
 
 def report(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], out: Path | None, name: str) -> None:

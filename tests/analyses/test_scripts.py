@@ -73,7 +73,7 @@ def test_harder_rungs(tiny_folder: Path, tmp_path: Path) -> None:
     assert set(table["cell"]) == {"two_digits", "two_digits-random_reward"}
 
 
-def test_batch_invariance(tiny_folder: Path, tmp_path: Path) -> None:
+def test_batch_invariance(benchmarks: Path, tiny_folder: Path, tmp_path: Path) -> None:
     module = script("benchmarks/batch_invariance")
     options = module.Options(tmp_path, scale="tiny", dtypes=("fp64",), splits=(3,), model=str(tiny_folder))
     (row,) = module.main(options)
@@ -157,6 +157,7 @@ def test_scaling(benchmarks: Path, tmp_path: Path) -> None:
     assert [row["completion_tokens"] for row in rows] == [[13, 26], [13, 26], [12, 24]]
     assert [row["prompt_tokens"] for row in rows] == [[8, 16], [8, 8], [8, 8]]
     assert rows[0]["flop_slope"] == pytest.approx(1) and rows[1]["flop_slope"] < 1
+    assert [row["holds"] for row in rows] == [0.9 <= rows[0]["slope"] <= 1.05, None, 0.9 <= rows[2]["slope"] <= 1.05]
     assert all(math.isfinite(row["slope"]) for row in rows) and (tmp_path / "scaling.json").exists()
 
 
@@ -165,6 +166,12 @@ def test_layers(benchmarks: Path, tmp_path: Path) -> None:
     rows = module.main(module.Options(tmp_path, scale="tiny", dtypes=("fp32",), layers=(0, 3, 9), repeats=1, threads=1))
     assert [row["case"] for row in rows] == ["all", "layer 0", "layer 3"]  # a tiny model has no layer 9
     assert rows[0]["ratio"] == rows[0]["share_of_all"] == 1 and rows[2]["predicted"] < rows[1]["predicted"] == 1
+    assert rows[0]["verdict"] is None and rows[1]["verdict"] == module.verdict(rows[1]["ratio"])
+    assert rows[2]["ratio"] == pytest.approx(rows[2]["share_of_all"] / rows[2]["predicted"])
+    assert [module.verdict(ratio) for ratio in (0.84, 0.86, 0.91, 1.09, 1.14, 1.16)] == [
+        *("missed", "must met", "aim met"),
+        *("aim met", "must met", "missed"),
+    ]
     # DESIGN §7: one middle layer and the last of SmolLM2, h = 0.27.
     assert module.update_in_f(30, 14, 0.265) == pytest.approx(1.53)
     assert module.update_in_f(30, 29, 0.265) == pytest.approx(0.53)
