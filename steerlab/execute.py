@@ -39,7 +39,7 @@ from steerlab.training import Experiment, Rollouts, StepDone, Trainer
 from steerlab.training.sharding import ShardedPolicy, Shards
 from steerlab.training.world import ALONE, World
 
-TIMINGS = ("tokens_per_s", "wall_s", "time")
+OF_THE_MACHINE = ("tokens_per_s", "wall_s", "time", "token_budget")
 
 
 @runtime_checkable
@@ -239,19 +239,18 @@ def begin(experiment: Experiment, folder: str | Path, model: LanguageModel, stor
 
 def lay_out(experiments: Mapping[str, Experiment], folder: str | Path, model: LanguageModel) -> dict[str, Run]:
     """The run folders of several experiments below `folder`, new or found again, and how their work is done: decided
-    once, here, so that nothing depends on which process or machine then does which of them.
+    here, so that nothing depends on which process or machine then does which of them. How matrix products are done is
+    measured once for all; micro-batches are each experiment's own.
     """
     runs: dict[str, Run] = {}
     for name, experiment in experiments.items():
         run = begin(experiment, Path(folder) / name, model)
         if run.manifest["status"] != "done":
             same_machine(run, model)
-        adapter = experiment.adapter.init(model, torch.Generator().manual_seed(experiment.seed))
-        first = next(iter(runs.values()), run)
-        if "engine" not in run.manifest and "engine" in first.manifest:
-            run.update(engine=first.manifest["engine"])
-        elif run is first:
-            Trainer(experiment, Policy(model, adapter), run).engine()
+        if "engine" not in run.manifest:
+            adapter = experiment.adapter.init(model, torch.Generator().manual_seed(experiment.seed))
+            first = next(iter(runs.values()), run)
+            Trainer(experiment, Policy(model, adapter), run).settle(like=first.manifest.get("engine"))
         runs[name] = run
     return runs
 
@@ -339,7 +338,7 @@ def answer(
 
 def read_run(run: Run, model: LanguageModel, adapter: Adapter) -> None:
     """The learning curve and, of an adapter that is made of vectors, what they say; as tables and figures."""
-    curve = tables.check(run.metrics().drop(columns=list(TIMINGS), errors="ignore"), "curve")
+    curve = tables.check(run.metrics().drop(columns=list(OF_THE_MACHINE), errors="ignore"), "curve")
     run.save_table("curve", curve)
     run.save_figure("learning_curve", plot_training.learning_curve(curve))
     if isinstance(adapter, SteeringVectors):

@@ -67,6 +67,11 @@ class Adapter(Protocol):
         """What the block before this one writes (before a vector is added to it) depends on no trained number."""
         ...
 
+    @property
+    def keeps_inputs(self) -> bool:
+        """Whether its gradient needs what modules read, which a pass then keeps for the backward pass."""
+        ...
+
     def parameters(self) -> Iterable[torch.nn.Parameter]: ...
 
     def attach(

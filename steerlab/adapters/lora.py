@@ -181,6 +181,11 @@ class LoRAWeights:
         return min(layer_of(path) for path in self.pairs)
 
     @property
+    def keeps_inputs(self) -> bool:
+        """The gradient of A is a product with x."""
+        return True
+
+    @property
     def n_parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.parameters())
 

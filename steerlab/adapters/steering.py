@@ -91,6 +91,11 @@ class SteeringVectors:
         return min(site.layer + (site.kind == "resid_post") for site in self.vectors)
 
     @property
+    def keeps_inputs(self) -> bool:
+        """The gradient of a vector is a sum of gradients."""
+        return False
+
+    @property
     def n_parameters(self) -> int:
         return sum(vector.numel() for vector in self.vectors.values())
 
@@ -255,6 +260,11 @@ class RowBank:
     @property
     def first_block(self) -> int:
         return min(s.first_block for s in self.sets if s is not None)
+
+    @property
+    def keeps_inputs(self) -> bool:
+        """The gradient of a vector is a sum of gradients."""
+        return False
 
     @property
     def n_parameters(self) -> int:

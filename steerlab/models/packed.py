@@ -3,13 +3,14 @@
 torch lays a weight out anew at every product, which for the few dozen rows of a decode step costs more than the product
 itself. Weights here never change, so it is done once (torch's own operators, those that `torch.compile` uses when it
 freezes a model); projections that read the same input (q, k, v; gate and up) become one product. The copy costs as
-much memory as the block weights and is made only if it fits (`possible`). In use, the modules' `forward` is
+much memory as the block weights and is chosen only if it fits (`fits`). In use, the modules' `forward` is
 replaced, so hooks and everything else that watches them work as before.
 
 Decoding uses it. The update does not: at a thousand rows laying out a weight is nothing, and the halves of a joint
 product are slower to work on than two products (measured: analyses/benchmarks/README.md).
 
-Leaves out: devices other than the CPU, dtypes other than fp32 and bf16 (fp64 is for tests of identities).
+Leaves out: devices other than the CPU, dtypes other than fp32 and bf16 (fp64 is for tests of identities), changes that
+autograd does not see either (`weight.data.mul_`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from steerlab.models.sites import architecture
+from steerlab.models.swap import swapped
 from steerlab.runs import free_memory_bytes
 
 if TYPE_CHECKING:
@@ -43,35 +45,38 @@ class _Siblings:
     """Linear modules that read one input, as one product; the first called computes it for all."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
-        self.weights = tuple(_plain(module) for module in modules)
-        self.versions = [weight._version for weight in self.weights]
-        joined = torch.cat([w.detach() for w in self.weights]) if len(modules) > 1 else self.weights[0].detach()
+        self.packed_from = [(tensor, _stamp(tensor)) for tensor in _held(modules)]
+        weights = [_plain(module).detach() for module in modules]
+        joined = torch.cat(weights) if len(modules) > 1 else weights[0]
         self.packed = torch.ops.mkldnn._reorder_linear_weight(joined.contiguous(), ROWS)
         biases: list[Tensor | None] = [module.bias for module in modules]  # type: ignore[misc]
         found = [b for b in biases if b is not None]
         if found:
             full = [
-                found[0].new_zeros(len(w)) if b is None else b.detach()
-                for b, w in zip(biases, self.weights, strict=True)
+                found[0].new_zeros(len(w)) if b is None else b.detach() for b, w in zip(biases, weights, strict=True)
             ]
             self.bias: Tensor | None = torch.cat(full)
         else:
             self.bias = None
         self.modules = modules
-        self.sizes = [weight.shape[0] for weight in self.weights]
+        self.sizes = [len(weight) for weight in weights]
         self.seen: Tensor | None = None
         self.parts: dict[int, Tensor] = {}
 
     @property
     def current(self) -> bool:
-        """Whether the weights are still those that were packed."""
-        return [_plain(module)._version for module in self.modules] == self.versions
+        """Whether weights and biases are still those that were packed: the same tensors, unchanged since."""
+        now = _held(self.modules)
+        return len(now) == len(self.packed_from) and all(
+            tensor is packed and _stamp(tensor) == stamp
+            for tensor, (packed, stamp) in zip(now, self.packed_from, strict=True)
+        )
 
-    def forwards(self) -> list[Callable[[Tensor], Tensor]]:
-        """What each module's `forward` becomes."""
+    def forwards(self) -> list[tuple[nn.Module, Callable[[Tensor], Tensor]]]:
+        """The modules, each with what its `forward` becomes."""
         if len(self.modules) == 1:
-            return [self.whole]
-        return [self._part(i) for i in range(len(self.modules))]
+            return [(self.modules[0], self.whole)]
+        return [(module, self._part(i)) for i, module in enumerate(self.modules)]
 
     def whole(self, x: Tensor) -> Tensor:
         return _product(x, self.packed, self.bias)
@@ -98,6 +103,16 @@ def _plain(module: nn.Module) -> Tensor:
     return weight if isinstance(module, nn.Linear) else weight.t()
 
 
+def _held(modules: list[nn.Module]) -> list[Tensor]:
+    """Weights and biases, those that there are."""
+    return [tensor for module in modules for tensor in (module.weight, module.bias) if isinstance(tensor, Tensor)]
+
+
+def _stamp(tensor: Tensor) -> tuple[int, int]:
+    """Changes when the tensor is written to, or given other storage (`Module.to`)."""
+    return tensor._version, tensor.data_ptr()
+
+
 class PackedWeights:
     """The packed copy of a model's projections and head."""
 
@@ -122,15 +137,10 @@ class PackedWeights:
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Inside the `with` the model's projections are products with packed weights."""
-        modules = [module for s in self.siblings for module in s.modules]
-        for s in self.siblings:
-            for module, forward in zip(s.modules, s.forwards(), strict=True):
-                module.forward = forward
         try:
-            yield
+            with swapped(pair for s in self.siblings for pair in s.forwards()):
+                yield
         finally:
-            for module in modules:
-                del module.forward
             for s in self.siblings:
                 s.forget()
 
@@ -141,14 +151,17 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
-def possible(model: LanguageModel) -> bool:
-    """Whether this machine, dtype and build of torch can do it, and the copy fits into a share of free memory."""
+def able(model: LanguageModel) -> bool:
+    """Whether this machine and build of torch can do it for the model's dtype and device."""
     ops = torch.ops.mkldnn
     there = torch.backends.mkldnn.is_available() and hasattr(ops, "_reorder_linear_weight")
-    if not there or not hasattr(ops, "_linear_pointwise") or model.device.type != "cpu" or model.dtype not in DTYPES:
-        return False
+    return there and hasattr(ops, "_linear_pointwise") and model.device.type == "cpu" and model.dtype in DTYPES
+
+
+def fits(model: LanguageModel, processes: int = 1) -> bool:
+    """Whether a copy not made yet fits into a share of free memory, one for each of `processes` on this machine."""
     free = free_memory_bytes()
-    return free is None or packed_bytes(model) <= SHARE * free
+    return free is None or processes * packed_bytes(model) <= SHARE * free
 
 
 def packed_bytes(model: LanguageModel) -> int:
@@ -157,9 +170,12 @@ def packed_bytes(model: LanguageModel) -> int:
     return sum(w.numel() * w.element_size() for w in (*linears, model.unembedding.weight))  # type: ignore[union-attr]
 
 
-def measured_choice(model: LanguageModel, rows: int = ROWS) -> Products:
-    """What is faster here and now for one decode step's products of `rows` rows: all blocks' once each, in turns."""
-    if not possible(model):
+def measured_choice(model: LanguageModel, rows: int = ROWS, processes: int = 1) -> Products:
+    """What is faster here and now for one decode step's products of `rows` rows: all blocks' once each, in turns.
+
+    The copy is kept if it is chosen. `processes`: how many of this machine will each make one.
+    """
+    if not able(model) or (model.packed is None and not fits(model, processes)):
         return "plain"
     copy = packed_copy(model)
     linears = [(m, _plain(m).shape[1]) for block in model.blocks for m in block.modules() if _is_linear(m)]
@@ -180,7 +196,7 @@ def measured_choice(model: LanguageModel, rows: int = ROWS) -> Products:
 
 
 def packed_copy(model: LanguageModel) -> PackedWeights:
-    """The model's packed copy, made anew if a weight has changed since."""
+    """The model's packed copy, made anew if a weight or a bias has changed since."""
     if model.packed is None or not model.packed.current:
         model.packed = PackedWeights(model)
     return model.packed

@@ -56,7 +56,8 @@ class Packed:
                     sequence += [row] * n
                     position += range(len(prompt), len(prompt) + n)
             for row in rows:
-                predicting[row] = [prefix[1] - 1, *predicting[row]]
+                if lengths[row]:  # an empty completion has no token to predict
+                    predicting[row] = [prefix[1] - 1, *predicting[row]]
         flat = [slot for row in predicting for slot in row]
         return cls(
             tokens=torch.tensor([tokens], device=device),
@@ -77,7 +78,7 @@ class Packed:
         parts = []
         for g, rows in enumerate(self.order):
             parts.append(kept.prompts[g])
-            parts += [kept.completions[row, : self.lengths[row] - 1] for row in rows]
+            parts += [kept.completions[row, : max(self.lengths[row] - 1, 0)] for row in rows]
         return torch.cat(parts).to(self.tokens.device)[None]
 
 

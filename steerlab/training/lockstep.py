@@ -8,7 +8,8 @@ Joined are consecutive experiments of equal model, source and seed that train ve
 their rows together are no more than the source's `max_rows`. It depends on the experiments alone, so the same runs are
 joined whatever the number of processes, and after a resume. Joining changes no vector beyond rounding. A sweep that
 was killed between two runs' checkpoints of one step lets the runs behind catch up by themselves first, which may again
-round otherwise; everywhere else a resume gives the same bytes.
+round otherwise; everywhere else a resume gives the same bytes. A run that fails (its numbers overflow, memory does not
+suffice) leaves the group, and the others go on; while it cannot be said which one it is, each goes on by itself.
 
 Left out: joining runs of different seeds or tasks, several processes.
 """
@@ -17,14 +18,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from steerlab.adapters import RowBank, Steering, SteeringVectors
+from steerlab.errors import RunFailed
+from steerlab.models import LanguageModel
 from steerlab.rollouts import Completions, Policy, Rows
 from steerlab.training.experiment import Experiment
-from steerlab.training.sources import Request, Rollouts
+from steerlab.training.sources import Drawn, Request, Rollouts, keepable
 from steerlab.training.trainer import StepDone, Trainer
 
 
@@ -58,8 +63,11 @@ def _room(experiment: Experiment) -> int:
     return experiment.source.max_rows if isinstance(experiment.source, Rollouts) else 1
 
 
-def fit_together(trainers: Sequence[Trainer], on_step: Callable[[StepDone], None] | None = None) -> None:
-    """Train all of one group to the end, each from its own checkpoint; those behind go first.
+def fit_together(
+    trainers: Sequence[Trainer], on_step: Callable[[StepDone], None] | None = None
+) -> list[RunFailed | None]:
+    """Train all of one group to the end, each from its own checkpoint; those behind go first. Returns why each could
+    not go on (None: it is trained); the others go on without it.
 
     on_step: hears once of every step of all of them, with the means of their metrics.
     """
@@ -67,31 +75,55 @@ def fit_together(trainers: Sequence[Trainer], on_step: Callable[[StepDone], None
     for trainer in trainers:
         trainer.on_step = said.append
     at = [trainer.begin() for trainer in trainers]
-    while open_ := [i for i, trainer in enumerate(trainers) if at[i] < trainer.experiment.steps]:
+    failed: list[RunFailed | None] = [None] * len(trainers)
+    while open_ := [i for i, t in enumerate(trainers) if failed[i] is None and at[i] < t.experiment.steps]:
         step = min(at[i] for i in open_)
-        for now in _same_engine([trainers[i] for i in open_ if at[i] == step]):
-            learn_together(now, step)
-        at = [step + 1 if i in open_ and at[i] == step else at[i] for i in range(len(at))]
-        if on_step is not None:
+        for group in _same_engine(trainers, [i for i in open_ if at[i] == step]):
+            for i, failure in zip(group, learn_together([trainers[i] for i in group], step), strict=True):
+                at[i], failed[i] = step + 1, failure
+        if on_step is not None and said:
             on_step(_mean(said))
         said.clear()
+    return failed
 
 
-def learn_together(trainers: Sequence[Trainer], step: int) -> None:
-    """One step of several trainers that have all done the steps before. Time spent in common is divided evenly."""
-    trainers[0].engine()  # how matrix products are done is the model's, which these runs share
+def learn_together(trainers: Sequence[Trainer], step: int) -> list[RunFailed | None]:
+    """One step of several trainers that have all done the steps before; returns why each could not do it, else None.
+    Time spent in common is divided evenly.
+    """
+    trainers[0].put_in_force()  # how matrix products are done is the model's, which these runs share
     start = time.perf_counter()
     if len(trainers) == 1:
         trainers[0].clock = start
-        trainers[0].learn(step, trainers[0].source.next(step))
-        return
-    requests = [trainer.source.request(step) for trainer in trainers]
-    completions = sample_together([trainer.policy for trainer in trainers], requests)
+        return [_failure(trainers[0], step, partial(trainers[0].source.next, step))]
+    requests = _affordable([trainer.source.request(step) for trainer in trainers], trainers[0].policy.model)
+    try:
+        completions = sample_together([trainer.policy for trainer in trainers], requests)
+    except RunFailed:  # of which run, each of them alone will tell
+        return [failure for trainer in trainers for failure in learn_together([trainer], step)]
     each = (time.perf_counter() - start) / len(trainers)
+    failures = []
     for trainer, request, answered in zip(trainers, requests, completions, strict=True):
         trainer.clock = time.perf_counter() - each
         trainer.ledger.add(rollout_s=each)
-        trainer.learn(step, trainer.source.receive(step, request, answered))
+        failures.append(_failure(trainer, step, partial(trainer.source.receive, step, request, answered)))
+    return failures
+
+
+def _failure(trainer: Trainer, step: int, draw: Callable[[], Drawn]) -> RunFailed | None:
+    """Have a trainer learn from what `draw` gives; returns why it could not."""
+    try:
+        trainer.learn(step, draw())
+    except RunFailed as error:
+        return error
+    return None
+
+
+def _affordable(requests: list[Request], model: LanguageModel) -> list[Request]:
+    """Requests that keep no hidden states if those of all of them, in one batch, are too many to keep."""
+    if keepable(model, sum(len(request.rows) for request in requests), requests[0].sampling):
+        return requests
+    return [replace(request, keep=False) for request in requests]
 
 
 def sample_together(policies: Sequence[Policy], requests: Sequence[Request]) -> list[Completions]:
@@ -131,17 +163,18 @@ def _part(found: Completions, member: int, mine: slice) -> Completions:
     )
 
 
-def _same_engine(trainers: Sequence[Trainer]) -> list[list[Trainer]]:
-    """Trainers whose runs do their sums in the same way (the size of micro-batches is not sampling's business)."""
-    groups: list[tuple[dict[str, Any], list[Trainer]]] = []
-    for trainer in trainers:
-        engine = {name: value for name, value in trainer.engine().items() if name != "token_budget"}
+def _same_engine(trainers: Sequence[Trainer], now: Sequence[int]) -> list[list[int]]:
+    """Of the trainers at places `now`, those together whose runs do their sums in the same way (the size of
+    micro-batches is not sampling's business)."""
+    groups: list[tuple[dict[str, Any], list[int]]] = []
+    for i in now:
+        engine = {name: value for name, value in trainers[i].engine.items() if name != "token_budget"}
         for other, group in groups:
             if other == engine:
-                group.append(trainer)
+                group.append(i)
                 break
         else:
-            groups.append((engine, [trainer]))
+            groups.append((engine, [i]))
     return [group for _, group in groups]
 
 

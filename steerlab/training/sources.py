@@ -15,13 +15,14 @@ import torch
 
 from steerlab.batches import RolloutBatch
 from steerlab.errors import UsageError
+from steerlab.models import LanguageModel
 from steerlab.rollouts import Completions, Policy, Rows, Sampling
 from steerlab.rollouts.sampler import check_fit
 from steerlab.runs import CostLedger
 from steerlab.tasks import Problem, Task, encode
 from steerlab.training.world import ALONE, World
 
-KEPT_BYTES = 2 << 30  # of hidden states kept from sampling; beyond it the update begins at the bottom
+KEPT_BYTES = 2 << 30  # of hidden states kept from sampling at a time; beyond it the update begins at the bottom
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,11 @@ class Rollouts:
         return RolloutSource(self, policy, seed, ledger, world)
 
 
+def keepable(model: LanguageModel, rows: int, sampling: Sampling) -> bool:
+    """Whether one hidden state of every token of so many completions may be kept while they are sampled."""
+    return rows * sampling.max_new_tokens * model.d_model * model.dtype.itemsize <= KEPT_BYTES
+
+
 class RolloutSource:
     """`Rollouts` at work with one policy."""
 
@@ -145,9 +151,8 @@ class RolloutSource:
         self.encoded = [tuple(encode(spec.task.prompt(p), policy.model.tokenizer)) for p in self.problems]
         check_fit(policy.model, self.encoded, spec.sampling)
         self.first_block = 0 if policy.adapter is None else policy.adapter.first_block
-        n_tokens = spec.prompts * spec.samples * spec.sampling.max_new_tokens  # of all processes: a rule for the run
-        states = n_tokens * policy.model.d_model * policy.model.dtype.itemsize
-        self.keeps = self.first_block > 0 and states <= KEPT_BYTES
+        rows = spec.prompts * spec.samples  # of all processes: a rule for the run
+        self.keeps = self.first_block > 0 and keepable(policy.model, rows, spec.sampling)
 
     def chosen(self, step: int) -> list[int]:
         """Indices of the problems of a step: consecutive pieces of epochs, each epoch shuffled anew."""

@@ -17,7 +17,7 @@ import functools
 import math
 import operator
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,9 +27,9 @@ from torch import Tensor
 from steerlab.adapters import Adapter
 from steerlab.batches import RolloutBatch
 from steerlab.errors import RunFailed, UsageError
-from steerlab.models.packed import measured_choice, possible
+from steerlab.models.packed import able, measured_choice, packed_copy
 from steerlab.rollouts import Policy
-from steerlab.runs import CostLedger, Run, give_back_memory
+from steerlab.runs import CostLedger, Run, give_back_memory, ran_out
 from steerlab.training import memory
 from steerlab.training.experiment import Experiment
 from steerlab.training.sharding import Shards
@@ -79,7 +79,8 @@ class Trainer:
         """Open updater and source and put the last checkpoint back. Returns the first step to do."""
         experiment = self.experiment
         self.updater = experiment.updater.open(self.adapter.parameters(), experiment.steps)
-        self.token_budget = self.engine()["token_budget"]
+        self.settle()
+        self.token_budget: int = self.engine["token_budget"]
         start, self.reward_ema = self.resume()
         self.source: Source = experiment.source.open(self.policy, experiment.seed, self.ledger, self.world)
         self.clock = time.perf_counter()
@@ -96,7 +97,11 @@ class Trainer:
         give_back_memory()
         metrics = {**tally.metrics, **learned, "reward_ema": self.smoothed(tally.metrics["reward"])}
         wall, self.clock = time.perf_counter() - self.clock, time.perf_counter()
-        metrics |= {"tokens_per_s": tally.completion_tokens / wall, "wall_s": wall}
+        metrics |= {
+            "tokens_per_s": tally.completion_tokens / wall,
+            "wall_s": wall,
+            "token_budget": float(self.token_budget),
+        }
         texts = self.world.to_leader(drawn.texts)
         if self.world.leads:
             self.run.log_rollouts(text for part in texts for text in part)
@@ -124,10 +129,15 @@ class Trainer:
         self.ledger.add(exchanged_bytes=self.world.sum_([p.grad for _, p in self.named() if p.grad is not None]))
         parts = self.world.gather((value, metrics, self.token_budget))
         value = sum(v for v, _, _ in parts)
-        self.token_budget = min(budget for _, _, budget in parts)
+        least = min(budget for _, _, budget in parts)
+        if least < self.token_budget:
+            self.shrink(least, "the update of another process")
         metrics = {name: max(m[name] for _, m, _ in parts if name in m) for _, m, _ in parts for name in m}
         self.refuse_non_finite(step, value)
-        return {"loss": value, **metrics, **self.updater.update(step)}
+        metrics |= self.updater.update(step)
+        if bad := [name for name, p in self.named() if not bool(torch.isfinite(p).all())]:
+            raise self.broken(step, f"the update of step {step} overflowed at {few(bad)}")
+        return {"loss": value, **metrics}
 
     def gradients(self, batch: RolloutBatch) -> tuple[float, dict[str, float]]:
         """Leave the gradient of a batch in the parameters, in smaller micro-batches if memory runs out; returns the
@@ -137,7 +147,7 @@ class Trainer:
             try:
                 return self.attempt(batch)
             except (MemoryError, RuntimeError) as error:
-                if not memory.ran_out(error):
+                if not ran_out(error):
                     raise
                 if self.shards is not None:
                     raise RunFailed(
@@ -169,32 +179,39 @@ class Trainer:
         return ((micro, 1.0) for micro in batch.micro_batches(self.token_budget))
 
     def halve(self, batch: RolloutBatch, said: str) -> None:
-        """Take half as many tokens at a time from now on. Raises RunFailed if that is no less than one completion."""
-        if max(len(micro) for micro in batch.micro_batches(self.token_budget)) == 1:
+        """Take half as many tokens at a time from now on as the largest micro-batch had. Raises RunFailed if that is no
+        less than one completion."""
+        tried = list(batch.micro_batches(self.token_budget))
+        if max(map(len, tried)) == 1:
             raise RunFailed(
                 f"memory ran out on a single completion ({said}); free some and resume, or start a new run with fewer "
                 "new tokens, dtype bf16, higher layers only, or a smaller model"
             )
-        self.token_budget = max(1, self.token_budget // 2)
+        largest = max(sum(map(len, micro.prompts)) + micro.n_tokens for micro in tried)
+        self.shrink(max(1, min(self.token_budget, largest) // 2), "the update")
         give_back_memory()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    def shrink(self, token_budget: int, where: str) -> None:
+        """Take fewer tokens at a time from now on, and say so."""
+        self.token_budget = token_budget
         if self.on_notice is not None:
-            self.on_notice(f"memory ran out in the update: at most {self.token_budget:,} tokens at a time from now on")
+            self.on_notice(f"memory ran out in {where}: at most {token_budget:,} tokens at a time from now on")
 
     def refuse_non_finite(self, step: int, value: float) -> None:
         """Stop before a bad gradient reaches the parameters, naming the step and where."""
         bad = [name for name, p in self.named() if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
         if math.isfinite(value) and not bad:
             return
-        place = (
-            f"gradient at {', '.join(bad[:3])}{', …' if len(bad) > 3 else ''}" if bad else "every gradient is finite"
-        )
+        place = f"gradient at {few(bad)}" if bad else "every gradient is finite"
+        raise self.broken(step, f"loss {value} at step {step} ({place})")
+
+    def broken(self, step: int, what: str) -> RunFailed:
+        """The error of a step whose numbers are no use."""
         kept = f"the checkpoint of step {step} stays" if step else "there is no checkpoint yet"
-        raise RunFailed(
-            f"loss {value} at step {step} ({place}); {kept}; lower the learning rate "
-            f"(now {self.experiment.updater.lr:g}) or use dtype fp32 in a new run"
-        )
+        rate = self.experiment.updater.lr
+        return RunFailed(f"{what}; {kept}; lower the learning rate (now {rate:g}) or use dtype fp32 in a new run")
 
     def named(self) -> list[tuple[str, torch.nn.Parameter]]:
         return list(zip(self.adapter.snapshot(), self.adapter.parameters(), strict=True))
@@ -218,33 +235,51 @@ class Trainer:
     def counters(self) -> dict[str, object]:
         return {"reward_ema": self.reward_ema, "token_budget": self.token_budget, "cost": self.ledger.to_dict()}
 
-    def engine(self) -> dict[str, Any]:
-        """How this machine does the work, chosen when the run begins and kept in its manifest from then on.
+    def settle(self, like: Mapping[str, Any] | None = None) -> None:
+        """`engine`: how this machine does the work, chosen when the run begins and kept in its manifest from then on.
 
         token_budget: tokens per micro-batch. processes: how many began the run; a resume may have any number,
         which changes the rounding of sums and nothing else. products: how matrix products are done while decoding, what
-        the leader measures to be faster (`models/packed.py`); it is also put in force here.
+        the leader measures to be faster (`models/packed.py`); it is also put in force here. like: what another run
+        settled for the same model, of which only the budget is chosen anew. Raises UsageError if this machine cannot
+        do what the run was begun with.
         """
-        here = self.experiment.token_budget or memory.budget_for(self.policy.model, self.world.local_size)
-        smallest = min(self.world.gather(here))
 
-        def settle() -> dict[str, Any]:
+        def chosen() -> dict[str, Any]:
+            known = self.run.manifest.get("engine", like)
+            if known is not None:
+                return dict(known)
+            whole = self.shards is None
+            products = measured_choice(self.policy.model, processes=self.world.local_size) if whole else "plain"
+            return {"processes": self.world.size, "products": products}
+
+        self.engine: dict[str, Any] = self.world.from_leader(chosen)
+        self.put_in_force()
+        # Of the memory that the packed copy leaves.
+        budget = self.experiment.token_budget or memory.budget_for(
+            self.policy.model, self.world.local_size, self.adapter.keeps_inputs
+        )
+        smallest = min(self.world.gather(budget))
+
+        def kept() -> dict[str, Any]:
             if "engine" not in self.run.manifest:
-                whole = self.shards is None
-                choice = measured_choice(self.policy.model) if whole else "plain"
-                chosen = {"token_budget": smallest, "processes": self.world.size, "products": choice}
-                self.run.update(engine=chosen)
+                self.run.update(engine={**self.engine, "token_budget": smallest})
             return self.run.manifest["engine"]
 
-        settled = self.world.from_leader(settle)
+        self.engine = self.world.from_leader(kept)
+
+    def put_in_force(self) -> None:
+        """Have the model, which runs may share, do its products as this run does them."""
         model = self.policy.model
-        model.products = settled.get("products", "plain") if self.shards is None else "plain"
-        if model.products == "packed" and not possible(model):
+        model.products = self.engine.get("products", "plain") if self.shards is None else "plain"
+        if model.products == "plain":
+            return
+        if not able(model):
             raise UsageError(
-                f"{self.run.folder} was begun with packed matrix products, which this machine cannot do (or lacks the "
-                "memory for); go on where it was begun, or choose a new folder"
+                f"{self.run.folder} was begun with packed matrix products, which this machine cannot do; go on where "
+                "it was begun, or choose a new folder"
             )
-        return settled
+        packed_copy(model)
 
     def resume(self) -> tuple[int, float | None]:
         """Put the last checkpoint back, if there is one; drop log lines of steps that will be done again."""
@@ -267,3 +302,8 @@ class Trainer:
         self.ledger.add(**state["cost"])
         self.token_budget = state.get("token_budget", self.token_budget)
         return step, state["reward_ema"]
+
+
+def few(names: list[str]) -> str:
+    """The first of some names."""
+    return ", ".join(names[:3]) + (", …" if len(names) > 3 else "")

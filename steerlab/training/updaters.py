@@ -6,7 +6,6 @@ then constant, gradient norm clipped at 2. The optimiser itself is torch's.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -14,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from steerlab.errors import UsageError
+
+LARGEST_RATE = 1e30  # AdamW's step, some times the rate, is an fp32 number; vectors of this size are no use long before
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class AdamW:
     clip: float = 2.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.lr < math.inf:
-            raise UsageError(f"learning rate is {self.lr}; it must be positive")
+        if not 0 < self.lr <= LARGEST_RATE:
+            raise UsageError(f"learning rate is {self.lr}; it must be positive and at most {LARGEST_RATE:g}")
         if not 0 <= self.warmup < 1:
             raise UsageError(f"warmup is {self.warmup}; it is a share of the steps, 0 or more and below 1")
         if not self.clip > 0:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from steerlab.models import LanguageModel, Site, packed, tiny
-from steerlab.models.packed import PackedWeights, measured_choice, possible, products
+from steerlab.models.packed import PackedWeights, able, fits, measured_choice, products
 from steerlab.rollouts import Policy, Rows, Sampling
 
 TOKENS = torch.randint(5, 261, (2, 9), generator=torch.Generator().manual_seed(0))
-needed = pytest.mark.skipif(not possible(tiny.model("llama")), reason="torch has no oneDNN linear operators here")
+needed = pytest.mark.skipif(not able(tiny.model("llama")), reason="torch has no oneDNN linear operators here")
 
 
 def logits(model: LanguageModel) -> torch.Tensor:
@@ -59,17 +61,77 @@ def test_sites_of_joined_projections_are_still_theirs() -> None:
             assert torch.allclose(a, b, rtol=0, atol=1e-4)
 
 
-@needed
-def test_a_changed_weight_is_packed_anew() -> None:
-    model = tiny.model("llama")
-    model.products = "packed"
-    with products(model):
-        logits(model)
+def scaled(model: LanguageModel) -> None:
     with torch.no_grad():
         model.blocks[0].get_submodule("mlp.down_proj").weight.mul_(2)
+
+
+def shifted(model: LanguageModel) -> None:
+    with torch.no_grad():
+        model.blocks[0].get_submodule("self_attn.q_proj").bias.add_(1)
+
+
+def replaced(model: LanguageModel) -> None:
+    module = model.blocks[0].get_submodule("mlp.down_proj")
+    other = torch.nn.Parameter(2 * module.weight.detach(), requires_grad=False)
+    for _ in range(module.weight._version):
+        other.add_(0)
+    assert other._version == module.weight._version
+    module.weight = other
+
+
+def moved(model: LanguageModel) -> None:
+    weight = model.blocks[0].get_submodule("mlp.down_proj").weight
+    weight.data = 2 * weight.data
+
+
+@needed
+@pytest.mark.parametrize("change", [scaled, shifted, replaced, moved])
+def test_what_has_changed_is_packed_anew(change: Callable[[LanguageModel], None]) -> None:
+    model = tiny.model("qwen2")
+    model.products = "packed"
+    with products(model):
+        before = logits(model)
+    change(model)
     plain = logits(model)
+    assert not torch.allclose(plain, before, rtol=0, atol=1e-3)
     with products(model):
         assert torch.allclose(logits(model), plain, rtol=0, atol=1e-4)
+
+
+@needed
+def test_a_forward_of_the_module_itself_is_put_back() -> None:
+    """An offload hook lives in the module's own `forward`; the copy stands in for it and then it is there again."""
+    model = tiny.model("llama")
+    module, calls = model.blocks[0].get_submodule("mlp.down_proj"), []
+    original = module.forward
+
+    def hooked(x: torch.Tensor) -> torch.Tensor:
+        calls.append(x)
+        return original(x)
+
+    module.forward = hooked
+    with pytest.raises(ZeroDivisionError), PackedWeights(model).in_use():
+        logits(model)
+        raise ZeroDivisionError
+    assert not calls and module.forward is hooked
+    logits(model)
+    assert len(calls) == 1
+
+
+@needed
+def test_the_copy_is_not_charged_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is free shrinks by the copy; that says nothing of whether the copy that is there fits."""
+    model = tiny.model("llama")
+    size = packed.packed_bytes(model)
+    monkeypatch.setattr(packed, "free_memory_bytes", lambda: 4 * size - (0 if model.packed is None else size))
+    assert fits(model) and not fits(model, processes=2)
+    assert measured_choice(model, processes=2) == "plain" and model.packed is None
+    kept = packed.packed_copy(model)
+    assert able(model) and not fits(model)
+    monkeypatch.setattr(packed, "PackedWeights", lambda model: pytest.fail("made again"))
+    if measured_choice(model) == "packed":
+        assert model.packed is kept
 
 
 @needed
