@@ -28,8 +28,6 @@ from steerlab.runs import (
     decode,
     encode,
     environment,
-    free_memory_bytes,
-    machine,
     tensors_sha256,
 )
 from steerlab.runs import files as files_module
@@ -293,13 +291,3 @@ def test_training_completions_are_kept_and_truncated_with_the_metrics(tmp_path):
         run.log({"step": step})
     run.truncate(2)
     assert run.rollouts()["step"].tolist() == [0, 0, 1, 1] and run.metrics()["step"].tolist() == [0, 1]
-
-
-def test_free_memory_stays_within_the_control_group(tmp_path):
-    (tmp_path / "memory.max").write_text("1000\n")
-    (tmp_path / "memory.current").write_text("400\n")
-    assert machine._control_group_room(tmp_path) == 600
-    (tmp_path / "memory.max").write_text("max\n")
-    assert machine._control_group_room(tmp_path) == machine._control_group_room(tmp_path / "none") == float("inf")
-    free = free_memory_bytes()
-    assert free is None or 10**6 < free < 10**15

@@ -266,7 +266,7 @@ class _Block:
             out[:, first:last].baddbmm_(weights[..., : self.p].transpose(1, 2), x)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=8)  # a mask of a long context takes megabytes
 def _hidden(prefix: int, width: int, window: int | None, device: torch.device) -> Bool[Tensor, "pos key"]:
     """True where a row's position must not look: keys of its own future, keys before its window."""
     query = prefix + torch.arange(width, device=device)[:, None]

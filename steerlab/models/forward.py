@@ -20,6 +20,7 @@ from torch import Tensor
 from steerlab.errors import UsageError
 from steerlab.models.attention import Plan, attending
 from steerlab.models.sites import architecture
+from steerlab.models.swap import swapped
 
 if TYPE_CHECKING:
     from transformers import Cache
@@ -37,14 +38,8 @@ def beginning_at(model: LanguageModel, block: int, written: Tensor) -> Iterator[
         )
     tuples = architecture(model.family).tuples
     seam, below = model.blocks[block - 1], model.blocks[: block - 1]
-    for module in below:
-        module.forward = _passing(tuples)
-    seam.forward = _giving(written, tuples)
-    try:
+    with swapped([*((module, _passing(tuples)) for module in below), (seam, _giving(written, tuples))]):
         yield
-    finally:
-        for module in (*below, seam):
-            del module.forward
 
 
 def _passing(tuples: bool) -> Callable[..., Any]:

@@ -23,6 +23,7 @@ from steerlab.models.forward import planned
 from steerlab.rollouts.prefill import Reader, Unit
 from steerlab.rollouts.sampling import Sampling, draw
 from steerlab.rollouts.streams import uniforms
+from steerlab.runs import give_back_memory, ran_out
 
 Prompts = Sequence[Sequence[int]]
 
@@ -78,10 +79,13 @@ class Completions:
 
     @classmethod
     def join(cls, parts: Sequence[Completions]) -> Completions:
-        """Rows of several parts, one after the other, at the width of the longest."""
+        """Rows of several parts, one after the other, at the width of the longest. One part is returned as it is."""
+        if len(parts) == 1:
+            return parts[0]
         width = max(int(p.lengths.max()) for p in parts)
+        fed = max(width - 1, 1)  # the last token of a row is never fed
 
-        def stack(tensors: list[Tensor]) -> Tensor:
+        def stack(tensors: list[Tensor], width: int = width) -> Tensor:
             return torch.cat([_widened(t, width) for t in tensors])
 
         return cls(
@@ -89,7 +93,7 @@ class Completions:
             torch.cat([p.lengths for p in parts]),
             stack([p.logprobs for p in parts]),
             torch.cat([p.finished for p in parts]),
-            stack([p.written for p in parts if p.written is not None]) if parts[0].written is not None else None,
+            None if parts[0].written is None else stack([p.written for p in parts if p.written is not None], fed),
             {unit: states for p in parts for unit, states in p.prompt_written.items()},
         )
 
@@ -139,26 +143,64 @@ def sample(
     keep: bool = False,
 ) -> Completions:
     """Completions of `rows`, at most `max_rows` at a time. `attached` is the adapter in use, None for the base model.
-    keep: also what each member's last unchanged block wrote.
+    keep: also what each member's last unchanged block wrote. Where memory runs out, half as many rows are decoded at a
+    time from there on.
 
-    Raises UsageError when a prompt is empty or does not fit the model's context with its completion, RunFailed when
-    the model's probabilities are not finite.
+    Raises UsageError when a prompt is empty or does not fit the model's context with its completion, or a row may have
+    no token; RunFailed when the model's probabilities are not finite or memory does not suffice for one row.
     """
     check_fit(model, prompts, sampling)
     if max_rows < 1:
         raise UsageError(f"max_rows is {max_rows}; it must be at least 1")
+    if rows.limit is not None and bool((rows.limit < 1).any()):
+        raise UsageError(f"a limit of Rows is {int(rows.limit.min())}; every row needs at least 1 token")
     stops = stop_tokens(model, sampling).to(model.device)
-    parts = [
-        _Decoding(model, attached, prompts, part, sampling, stops, seed, step, keep).run()
-        for part in rows.chunks(max_rows)
-    ]
+    parts: list[Completions] = []
+    waiting = list(rows.chunks(max_rows))
+    while waiting:
+        try:
+            parts.append(_Decoding(model, attached, prompts, waiting[0], sampling, stops, seed, step, keep).run())
+        except (MemoryError, RuntimeError) as error:
+            if not ran_out(error):
+                raise
+            if len(waiting[0]) == 1:
+                said = str(error).partition("\n")[0][:120]
+                raise RunFailed(
+                    f"memory ran out while decoding a single completion ({said}); lower max_new_tokens (now "
+                    f"{sampling.max_new_tokens}) or max_rows (now {max_rows}), or free some"
+                ) from error
+        else:
+            del waiting[0]
+            continue
+        waiting = halved(waiting)  # outside the handler, whose traceback keeps what was in memory
     joined = Completions.join(parts)
-    if not bool(torch.isfinite(joined.logprobs).all()):
-        raise RunFailed(
-            f"{model.name} gave probabilities that are not finite (sampling for step {step}); the vectors or the dtype "
-            "are out of range: lower the learning rate or use dtype fp32 in a new run"
-        )
+    refuse_non_finite(model, attached, rows, joined, step)
     return joined
+
+
+def halved(waiting: Sequence[Rows]) -> list[Rows]:
+    """The same rows in chunks half as large as the first; memory that was freed is given back."""
+    give_back_memory()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    half = (len(waiting[0]) + 1) // 2
+    return [part for whole in waiting for part in whole.chunks(half)]
+
+
+def refuse_non_finite(
+    model: LanguageModel, attached: Attached | None, rows: Rows, completions: Completions, step: int
+) -> None:
+    """Raise RunFailed, naming the first problem and the members of a row bank, if a log-probability is not finite."""
+    bad = ~torch.isfinite(completions.logprobs).all(1)
+    if not bool(bad.any()):
+        return
+    where = f"sampling for step {step}, problem {int(rows.problem[bad][0])}"
+    if attached is not None and len(attached.first_blocks) > 1:
+        where += f", member {', '.join(map(str, rows.member[bad].unique().tolist()))} of the row bank"
+    raise RunFailed(
+        f"{model.name} gave probabilities that are not finite ({where}); the vectors or the dtype are out of range: "
+        "lower the learning rate or use dtype fp32 in a new run"
+    )
 
 
 class _Decoding:

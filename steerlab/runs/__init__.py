@@ -6,7 +6,7 @@ A package rather than one file: four small concepts (atomic files, the codec, th
 from steerlab.runs.codec import decode, encode
 from steerlab.runs.cost import CostLedger
 from steerlab.runs.files import atomic_path, atomic_write
-from steerlab.runs.machine import environment, free_memory_bytes, give_back_memory
+from steerlab.runs.machine import environment, free_memory_bytes, give_back_memory, ran_out
 from steerlab.runs.run import Run, RunStore, tensors_sha256
 
 __all__ = [
@@ -20,5 +20,6 @@ __all__ = [
     "environment",
     "free_memory_bytes",
     "give_back_memory",
+    "ran_out",
     "tensors_sha256",
 ]

@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -71,9 +72,9 @@ def _memory_bytes() -> int | None:
     return None
 
 
-def free_memory_bytes(gpu: int | None = None) -> int | None:
+def free_memory_bytes(gpu: int | None = None, root: Path = Path("/")) -> int | None:
     """Bytes that this process could still take: of the memory of GPU number `gpu`, else of the machine's, within the
-    limit of its control group. None where the system does not say.
+    limits of its control groups. None where the system does not say. root: the folder that holds `proc` and `sys`.
     """
     if gpu is not None:
         import torch
@@ -81,18 +82,55 @@ def free_memory_bytes(gpu: int | None = None) -> int | None:
         free, _ = torch.cuda.mem_get_info(gpu)
         return free + torch.cuda.memory_reserved(gpu) - torch.cuda.memory_allocated(gpu)
     with contextlib.suppress(OSError, ValueError):
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        for line in (root / "proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
-                return int(min(1024 * int(line.split()[1]), _control_group_room()))
+                return int(min([1024 * int(line.split()[1]), *_control_group_rooms(root)]))
     return None
 
 
-def _control_group_room(folder: Path = Path("/sys/fs/cgroup")) -> float:
-    """What a container's limit leaves, infinite without one."""
+def _control_group_rooms(root: Path) -> Iterator[int]:
+    """Bytes that each limit on this process leaves, its own group's and those above it, of cgroup v2 and v1. A
+    container may see its own group as the top, whatever path it is told. The kernel gives back what it has cached of
+    files.
+    """
     with contextlib.suppress(OSError, ValueError):
-        limit, used = (int((folder / name).read_text()) for name in ("memory.max", "memory.current"))
-        return float(max(0, limit - used))
-    return float("inf")
+        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8", errors="replace").splitlines():
+            _, controllers, path = line.split(":", 2)
+            if not controllers:
+                top, files, cached = root / "sys/fs/cgroup", ("memory.max", "memory.current"), "inactive_file"
+            elif "memory" in controllers.split(","):
+                top, files = root / "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+                cached = "total_inactive_file"
+            else:
+                continue
+            own = top / path.lstrip("/")
+            for folder in (own, *own.parents):
+                if folder.is_relative_to(top):
+                    with contextlib.suppress(OSError, ValueError):  # no such file, or no limit: `max`
+                        limit, used = (int((folder / name).read_text()) for name in files)
+                        yield max(0, limit - used + _counter(folder / "memory.stat", cached))
+
+
+def _counter(file: Path, name: str) -> int:
+    """The number behind `name` in a file of names and numbers, 0 if there is none."""
+    with contextlib.suppress(OSError):
+        for line in file.read_text(encoding="ascii").splitlines():
+            if line.startswith(f"{name} "):
+                return int(line.split()[1])
+    return 0
+
+
+# What an allocator says that raises no exception of its own kind.
+_SAID = ("not enough memory", "can't allocate memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an exception says that memory ran out, in any of the ways in which torch says it."""
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):  # torch.cuda.OutOfMemoryError is the latter
+        return True
+    return isinstance(error, RuntimeError) and any(said in str(error) for said in _SAID)
 
 
 def give_back_memory() -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from steerlab.adapters import SteeringVectors
 from steerlab.errors import UsageError
-from steerlab.models import LanguageModel, Site, hooks, tiny
+from steerlab.models import LanguageModel, Site, attention, forward, hooks, tiny
 
 TOKENS = torch.randint(5, 261, (3, 30), generator=torch.Generator().manual_seed(0))
 
@@ -78,3 +78,22 @@ def test_the_model_is_as_before_after_an_error() -> None:
     model = tiny.model("llama")
     with untouched(model), pytest.raises(RuntimeError):
         model.forward_from(2, torch.zeros(3, 30, 7))
+
+
+def test_a_forward_that_a_module_had_of_its_own_is_put_back() -> None:
+    """accelerate keeps its offload hooks there."""
+    model = tiny.model("llama")
+    entry, own = written(model, 2), [block.forward for block in model.blocks[:2]]
+    for block, computed in zip(model.blocks, own, strict=False):
+        block.forward = computed
+    model.forward_from(2, entry)
+    assert [vars(block).get("forward") for block in model.blocks] == [*own, None, None]
+
+
+def test_masks_of_many_lengths_are_not_kept() -> None:
+    model = tiny.model("llama", dtype=torch.float64)
+    for width in range(2, 14):
+        segment = attention.Segment.of(0, [width], (0, 0), model.device)
+        forward.planned(model, attention.Stream([segment]), TOKENS[:1, :width], torch.arange(width)[None])
+    kept = attention._hidden.cache_info()
+    assert kept.misses >= 12 and kept.currsize <= 8

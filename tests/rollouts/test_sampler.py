@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 
 import pytest
@@ -191,6 +194,81 @@ def test_probabilities_that_are_not_finite_stop_the_run() -> None:
     broken = SteeringVectors({Site("resid_post", 0): torch.full((32,), torch.nan)})
     with pytest.raises(RunFailed, match="step 7"):
         Policy(model, broken).sample(PROMPTS, Rows.grid([0, 1, 2], 2), SAMPLING, seed=0, step=7)
+
+
+def test_a_row_bank_says_which_member_is_broken() -> None:
+    model = exact()
+    broken = SteeringVectors({Site("resid_post", 0): torch.full((32,), torch.nan)})
+    rows = Rows.grid([8, 9, 10], 2, members=4)
+    bank = RowBank([drawn(model), None, broken, drawn(model, 1)])
+    with pytest.raises(RunFailed, match=r"problem 8, member 2 of the row bank\)") as caught:
+        Policy(model, bank).sample(PROMPTS, rows, SAMPLING, seed=0)
+    assert "\n" not in str(caught.value)
+
+
+OUT_OF_MEMORY = {
+    "python": MemoryError,
+    "gpu": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "cpu": lambda: RuntimeError("[enforce fail at alloc_cpu.cpp] . DefaultCPUAllocator: can't allocate memory: you"),
+}
+
+
+def cramp(monkeypatch: pytest.MonkeyPatch, room: int, error: Callable[[], Exception]) -> list[int]:
+    """Decoding, on a machine with room for `room` rows; notes how many rows each attempt has."""
+    advance, tried, failed = engine._Decoding.advance, [], []
+
+    def advanced(self: engine._Decoding, t: int) -> torch.Tensor:
+        if t == 0:
+            assert not any(ref() is not None for ref in failed), "a failed attempt still holds its memory"
+            tried.append(len(self.names))
+        if t == 1 and len(self.names) > room:
+            failed.append(weakref.ref(self))
+            raise error()
+        return advance(self, t)
+
+    monkeypatch.setattr(engine._Decoding, "advance", advanced)
+    return tried
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY.values(), ids=OUT_OF_MEMORY)
+def test_half_as_many_rows_when_memory_runs_out(
+    error: Callable[[], Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = exact()
+    policy, rows = Policy(model, RowBank([drawn(model), None])), Rows.grid([5, 6, 7], 4, members=2)
+    whole = policy.sample(PROMPTS, rows, SAMPLING, seed=1, keep=True)
+    tried = cramp(monkeypatch, 3, error)
+    cramped = policy.sample(PROMPTS, rows, SAMPLING, seed=1, keep=True, max_rows=16)
+    assert tried == [16, 8, 4, *[2] * 12]
+    assert_same(cramped, whole)
+    was_fed = torch.arange(whole.written.shape[1]) < whole.lengths[:, None] - 1
+    assert torch.allclose(cramped.written[was_fed], whole.written[was_fed], rtol=0, atol=ATOL)
+    assert cramped.prompt_written.keys() == whole.prompt_written.keys()
+
+
+def test_not_even_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    cramp(monkeypatch, 0, MemoryError)
+    with pytest.raises(RunFailed, match=r"single completion.*max_new_tokens \(now 12\).*max_rows \(now 5\)") as caught:
+        sample(exact(), None, PROMPTS, Rows.grid([0, 1, 2], 2), SAMPLING, seed=0, max_rows=5)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_errors_of_decoding_are_not_swallowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = cramp(monkeypatch, 0, lambda: RuntimeError("shapes do not fit"))
+    with pytest.raises(RuntimeError, match="shapes"):
+        sample(exact(), None, PROMPTS, Rows.grid([0, 1, 2], 2), SAMPLING, seed=0)
+    assert tried == [6]
+
+
+def test_one_part_is_not_copied() -> None:
+    out = sample(exact(), None, PROMPTS, Rows.grid([0, 1, 2], 2), SAMPLING, seed=0)
+    assert Completions.join([out]) is out
+
+
+def test_a_row_that_may_say_nothing_is_refused() -> None:
+    rows = Rows.grid([0, 1, 2], 1)
+    with pytest.raises(UsageError, match="is -1; every row needs at least 1"):
+        sample(exact(), None, PROMPTS, replace(rows, limit=torch.tensor([3, 0, -1])), SAMPLING, seed=0)
 
 
 def test_impossible_requests_are_refused_in_one_line() -> None:
