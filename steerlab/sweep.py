@@ -6,13 +6,15 @@
 
 Runs are trained at one pace where that pays (see `training/lockstep.py`) and evaluated in one decode batch; the base
 model answers once for all of them. Runs that are done are skipped and the others go on from their own checkpoints, so
-`resume`, or the same call again, finishes a sweep that was stopped. A layer reaches no more than its learning rate
+`resume`, or the same call again, finishes a sweep that was stopped. A run that fails keeps no other from its end: it is
+left out, its scores in `layers` are empty, and `resume` tries it again. A layer reaches no more than its learning rate
 lets it (`analyses/bias_only/layer_and_rate.py`: later layers want larger ones), hence `lr` for both ends.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -27,7 +29,7 @@ from steerlab.adapters import Steering
 from steerlab.adapters.steering import check_layers
 from steerlab.cluster import connected, on_cluster
 from steerlab.compare import pooled_completions
-from steerlab.errors import UsageError
+from steerlab.errors import RunFailed, UsageError
 from steerlab.execute import (
     Reporter,
     Silent,
@@ -135,7 +137,7 @@ def sweep_layers(
 
     The layers that the experiment's own adapter names are not regarded. ray: a cluster that does the runs, one task per
     group of runs that are trained together (see `cluster.py`); `auto`, `local` or HOST:PORT. Raises UsageError for bad
-    input before anything is written, RunFailed if a run cannot go on.
+    input before anything is written, RunFailed if no run gets to its end.
     """
     alone()
     reporter = reporter or Silent()
@@ -201,7 +203,7 @@ def _carried_out(
     for number, group in enumerate(groups if ray is None else ()):
         reporter.stage(f"{', '.join(group)} ({number + 1} of {len(groups)})")
         train_group(group, folder, model, compared, reporter)
-    return conclude(home, sweep, {name: Run.open(run.folder) for name, run in runs.items()})
+    return conclude(home, sweep, {name: Run.open(run.folder) for name, run in runs.items()}, reporter)
 
 
 def baselines(home: Run, sweep: Sweep, model: LanguageModel, reporter: Reporter) -> tuple[pd.DataFrame, pd.DataFrame]:
@@ -228,7 +230,8 @@ def train_group(
     compared: tuple[pd.DataFrame, pd.DataFrame],
     reporter: Reporter,
 ) -> None:
-    """Train, evaluate and finish runs that `joined` has put together; those that are done are left alone.
+    """Train, evaluate and finish runs that `joined` has put together; those that are done are left alone. A run that
+    cannot be trained or evaluated ends as "failed".
 
     compared: completions and scores of the baselines, which every run shows beside its own.
     """
@@ -237,20 +240,46 @@ def train_group(
         run = Run.open(Path(folder) / name)
         if run.manifest["status"] != "done":
             adapter = experiment.adapter.init(model, torch.Generator().manual_seed(experiment.seed))
+            run.manifest.pop("failure", None)
             run.update(status="training")
             trainers[name] = Trainer(experiment, Policy(model, adapter), run, on_notice=reporter.notice)
-    if not trainers:
-        return
-    fit_together(list(trainers.values()), reporter.step)
+    for name, failure in zip(list(trainers), fit_together(list(trainers.values()), reporter.step), strict=True):
+        if failure is not None:
+            give_up(trainers.pop(name), failure)
     for trainer in trainers.values():
         save_adapter(trainer.run, model, trainer.experiment, trainer.adapter)
         trainer.run.update(status="evaluating")
-    first, start = next(iter(trainers.values())).experiment, time.perf_counter()
-    task, evaluation = first.source.task, first.evaluation
+    evaluate_group(trainers, model, compared, reporter)
+
+
+def give_up(trainer: Trainer, failure: RunFailed) -> None:
+    """Say in a run's manifest that it failed, why, and what it has cost."""
+    trainer.run.update(status="failed", failure=str(failure), cost=trainer.ledger.to_dict())
+
+
+def evaluate_group(
+    trainers: Mapping[str, Trainer],
+    model: LanguageModel,
+    compared: tuple[pd.DataFrame, pd.DataFrame],
+    reporter: Reporter,
+) -> None:
+    """Evaluate runs of one task in one decode batch, and finish them; where that fails, each by itself."""
+    if not trainers:
+        return
+    first, start = next(iter(trainers.values())), time.perf_counter()
+    task, evaluation = first.experiment.source.task, first.experiment.evaluation
     conditions = {name: evaluation.steered(task, trainer.adapter) for name, trainer in trainers.items()}
-    answers = answer(model, task, evaluation, conditions, reporter)
+    try:
+        answers = answer(model, task, evaluation, conditions, reporter)
+    except RunFailed as failure:
+        if len(trainers) == 1:
+            give_up(first, failure)
+        for name, trainer in trainers.items() if len(trainers) > 1 else ():
+            evaluate_group({name: trainer}, model, compared, reporter)
+        return
+    each = (time.perf_counter() - start) / len(trainers)
     for name, trainer in trainers.items():
-        trainer.ledger.add(evaluate_s=(time.perf_counter() - start) / len(trainers))
+        trainer.ledger.add(evaluate_s=each)
         completions, scores = (_with(before, of, name) for before, of in zip(compared, answers, strict=True))
         trainer.run.save_table("completions", completions)
         trainer.run.save_table("scores", scores)
@@ -264,33 +293,49 @@ def _with(before: pd.DataFrame, answers: pd.DataFrame, name: str) -> pd.DataFram
     return pd.concat([before, mine], ignore_index=True) if len(before) else mine.reset_index(drop=True)
 
 
-def conclude(home: Run, sweep: Sweep, runs: Mapping[str, Run]) -> Run:
-    """Tables `layers` and `scores`, the figure and the cost of all runs."""
+def conclude(home: Run, sweep: Sweep, runs: Mapping[str, Run], reporter: Reporter) -> Run:
+    """Tables `layers` and `scores`, the figure and the cost of all runs; says which failed. Raises the first failure as
+    RunFailed if no layer's run got to its end.
+    """
+    failed = {name: run.manifest["failure"] for name, run in runs.items() if run.manifest["status"] == "failed"}
+    if all(name_of(layer, seed) in failed for layer in sweep.layers for seed in sweep.seeds):
+        raise RunFailed(next(iter(failed.values())))
+    for name, why in failed.items():
+        reporter.notice(f"{name} failed and is left out: {why}")
     found = by_layer(sweep, runs)
     home.save_table("layers", found)
-    compared = home.table("scores") if "scores" in home.tables() else tables.empty("scores")
-    if sweep.all_layers and ALL_LAYERS not in set(compared["condition"]):
-        pooled = pooled_completions([runs[name_of(None, seed)] for seed in sweep.seeds])
-        heat = float(pooled["temperature"].iloc[0])
-        whole = summarise(pooled.assign(condition=ALL_LAYERS), model=str(home.manifest["model"]), temperature=heat)
-        compared = pd.concat([compared, whole], ignore_index=True) if len(compared) else whole
+    compared = with_all_layers(home, [runs[name_of(None, seed)] for seed in sweep.seeds if sweep.all_layers])
     home.save_table("scores", compared)
-    home.save_figure("layers", plot_layers.layers(found, compared))
+    home.save_figure("layers", plot_layers.layers(found.dropna(subset="value"), compared))
     costs = [run.manifest["cost"] for run in runs.values()]
     total = CostLedger(evaluate_s=home.manifest.get("baselines_s", 0.0))
     for cost in costs:
         total.add(**cost)
     total.peak_memory_bytes = max(cost["peak_memory_bytes"] for cost in costs)
-    home.update(cost=total.to_dict(), status="done")
+    home.update(cost=total.to_dict(), status="failed" if failed else "done")
     return home
 
 
+def with_all_layers(home: Run, runs: Sequence[Run]) -> pd.DataFrame:
+    """Scores of the baselines, and of vectors at every layer at once: those of `runs` that got to their end, pooled."""
+    scores = home.table("scores") if "scores" in home.tables() else tables.empty("scores")
+    compared = scores.loc[scores["condition"] != ALL_LAYERS]
+    there = [run for run in runs if run.manifest["status"] == "done"]
+    if not there:
+        return compared
+    pooled = pooled_completions(there)
+    heat = float(pooled["temperature"].iloc[0])
+    whole = summarise(pooled.assign(condition=ALL_LAYERS), model=str(home.manifest["model"]), temperature=heat)
+    return pd.concat([compared, whole], ignore_index=True) if len(compared) else whole
+
+
 def by_layer(sweep: Sweep, runs: Mapping[str, Run]) -> pd.DataFrame:
-    """A `layers` table: what each layer's vector scores under each seed."""
+    """A `layers` table: what each layer's vector scores under each seed; of no problem, and empty, where it failed."""
     columns = [column.name for column in tables.SCHEMAS["layers"]]
-    parts = []
-    for seed in sweep.seeds:
-        for layer in sweep.layers:
-            scores = runs[name_of(layer, seed)].table("scores")
-            parts.append(scores[scores["condition"] == "steered"].assign(layer=layer, seed=seed)[columns])
+    places = {(layer, seed): runs[name_of(layer, seed)] for seed in sweep.seeds for layer in sweep.layers}
+    scores = {place: run.table("scores") for place, run in places.items() if run.manifest["status"] == "done"}
+    steered = {place: table[table["condition"] == "steered"] for place, table in scores.items()}
+    nothing = {"value": math.nan, "low": math.nan, "high": math.nan, "n_problems": 0, "n_samples": 0}
+    empty = next(iter(steered.values())).assign(**nothing)
+    parts = [steered.get(place, empty).assign(layer=place[0], seed=place[1])[columns] for place in places]
     return tables.check(pd.concat(parts, ignore_index=True), "layers")

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 
 from steerlab import execute, sweep, tables
 from steerlab.__main__ import main
-from steerlab.adapters import LoRA
-from steerlab.errors import UsageError
+from steerlab.adapters import LoRA, RowBank, SteeringVectors
+from steerlab.errors import RunFailed, UsageError
 from steerlab.models import load
 from steerlab.plots import layers as plot_layers
 from steerlab.recipes import rloo
+from steerlab.rollouts import Policy
 from steerlab.runs import Run, RunStore
 from steerlab.tasks import make
-from steerlab.training import Experiment, StepDone
+from steerlab.training import Experiment, StepDone, Trainer
 
 Words = list[str]
 
@@ -72,6 +74,8 @@ def test_a_sweep_is_its_runs(experiment: Experiment, tmp_path: Path) -> None:
         "one", "base", "greedy", "all"
     }  # fmt: skip
     assert home.manifest["cost"]["steps"] == 6 * 2
+    together = [Run.open(tmp_path / "s" / name).manifest["cost"]["evaluate_s"] for name in names[:3]]
+    assert len(set(together)) == 1, "evaluation is shared evenly; writing a run's report is not evaluation"
     assert sweep.sweep_layers(
         experiment, tmp_path / "s", layers=(0, 3), seeds=(0, 1), all_layers=True
     ).manifest == home.manifest  # fmt: skip
@@ -102,6 +106,81 @@ def test_a_stopped_sweep_goes_on(experiment: Experiment, tmp_path: Path, steps: 
     pd.testing.assert_frame_equal(home.table("layers"), whole.table("layers"))
 
 
+class Listening(execute.Silent):
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def notice(self, text: str) -> None:
+        self.heard.append(text)
+
+
+def broken(where: str, layers: set[int], patch: pytest.MonkeyPatch) -> None:
+    """Have the runs of some layers fail: in their own update, or in sampling or evaluation that others share."""
+    gradients, sample, answer = Trainer.gradients, Policy.sample, sweep.answer
+
+    def concerned(adapter: object) -> bool:
+        members = adapter.sets if isinstance(adapter, RowBank) else (adapter,)
+        return any(layers & set(member.layers) for member in members if isinstance(member, SteeringVectors))
+
+    def refuse(failing: bool) -> None:
+        if failing:
+            raise RunFailed(f"no good numbers in {where}; lower the learning rate")
+
+    def in_update(self: Trainer, *given: Any) -> Any:
+        refuse(where == "update" and concerned(self.adapter))
+        return gradients(self, *given)
+
+    def in_sampling(self: Policy, *given: Any, **named: Any) -> Any:
+        refuse(where == "sampling" and concerned(self.adapter))
+        return sample(self, *given, **named)
+
+    def in_evaluation(model: Any, task: Any, evaluation: Any, conditions: Any, *given: Any) -> Any:
+        refuse(where == "evaluation" and any(concerned(c.adapter) for c in conditions.values()))
+        return answer(model, task, evaluation, conditions, *given)
+
+    patch.setattr(Trainer, "gradients", in_update)
+    patch.setattr(Policy, "sample", in_sampling)
+    patch.setattr(sweep, "answer", in_evaluation)
+
+
+@pytest.mark.parametrize("where", ["update", "sampling", "evaluation"])
+def test_a_layer_that_fails_keeps_no_other_from_its_end(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    narrow = replace(experiment, source=replace(experiment.source, max_rows=18))  # type: ignore[type-var]
+    whole = sweep.sweep_layers(narrow, tmp_path / "whole", layers=(0, 1, 2))  # in groups of two
+    listening = Listening()
+    with monkeypatch.context() as patch:
+        broken(where, {1}, patch)
+        home = sweep.sweep_layers(narrow, tmp_path / "s", layers=(0, 1, 2), reporter=listening)
+    assert listening.heard == [
+        f"layer-01-seed0 failed and is left out: no good numbers in {where}; lower the learning rate"
+    ]
+    status = {run.folder.name: run.manifest["status"] for run in RunStore(tmp_path / "s")}
+    assert status == {"layer-00-seed0": "done", "layer-01-seed0": "failed", "layer-02-seed0": "done", "sweep": "failed"}
+    found, expected = home.table("layers"), whole.table("layers")
+    failed = found["layer"] == 1
+    assert failed.sum() == 2 and found.loc[failed, ["value", "low", "high"]].isna().all(axis=None)
+    pd.testing.assert_frame_equal(found[~failed], expected[~failed])
+    assert (home.path("figures") / "layers.html").exists()
+    again = sweep.resume(tmp_path / "s")
+    pd.testing.assert_frame_equal(again.table("layers"), expected)
+    assert again.manifest["status"] == "done"
+    assert "failure" not in Run.open(tmp_path / "s" / "layer-01-seed0").manifest
+
+
+def test_a_sweep_of_which_nothing_is_left_is_its_first_failure(
+    experiment: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        broken("update", {1, 2}, patch)
+        with pytest.raises(RunFailed, match="no good numbers in update"):
+            sweep.sweep_layers(experiment, tmp_path / "s", layers=(1, 2), all_layers=True)
+    home = sweep.resume(tmp_path / "s")
+    assert home.manifest["status"] == "done" and not home.table("layers")["value"].isna().any()
+    assert "all_layers" in set(home.table("scores")["condition"])
+
+
 def test_learning_rates_rise_with_depth(experiment: Experiment) -> None:
     made = sweep.Sweep.of(experiment, 3, lr=(1e-2, 1.0)).experiments(3)
     assert [e.updater.lr for e in made.values()] == pytest.approx([1e-2, 1e-1, 1.0])
@@ -119,6 +198,8 @@ def test_what_a_sweep_refuses(experiment: Experiment, tmp_path: Path, monkeypatc
         sweep.sweep_layers(experiment, folder, seeds=(1, 1))
     with pytest.raises(UsageError, match="must be positive"):
         sweep.sweep_layers(experiment, folder, lr=(0.0, 1.0))
+    with pytest.raises(UsageError, match=r"learning rate is 1e\+38"):  # torch would say something of an overflow
+        sweep.sweep_layers(experiment, folder, lr=(0.1, 1e38))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="torchrun"):
         sweep.sweep_layers(experiment, folder)

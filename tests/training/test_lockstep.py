@@ -10,13 +10,15 @@ import pytest
 import torch
 
 from steerlab.adapters import LoRA, Scope, Steering
+from steerlab.batches import RolloutBatch
+from steerlab.errors import RunFailed
 from steerlab.execute import lay_out
 from steerlab.models import LanguageModel
 from steerlab.recipes import rloo
 from steerlab.rollouts import Policy
 from steerlab.runs import Run
 from steerlab.tasks import make
-from steerlab.training import Experiment, StepDone, Trainer
+from steerlab.training import Experiment, StepDone, Trainer, memory, sources
 from steerlab.training.lockstep import fit_together, joined
 from steerlab.training.trainer import Trainer as Real
 
@@ -75,6 +77,66 @@ def test_vectors_below_the_first_block_and_kept_states_of_some(
     for trainer in trainers(experiments, tmp_path / "alone", tiny_llama_fp64):
         trainer.fit()
     same(tmp_path / "together", tmp_path / "alone", list(experiments))
+
+
+def test_a_run_that_fails_leaves_the_others_their_steps(
+    of: Make, tmp_path: Path, tiny_llama_fp64: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiments = {f"layer-{layer}": of(layer) for layer in range(3)}
+    update = Real.update
+
+    def failing(self: Trainer, step: int, batch: RolloutBatch) -> dict[str, float]:
+        if step == 1 and self.adapter.layers == (1,):  # type: ignore[attr-defined]
+            raise RunFailed("broken at step 1")
+        return update(self, step, batch)
+
+    heard: list[StepDone] = []
+    with monkeypatch.context() as patch:
+        patch.setattr(Real, "update", failing)
+        found = fit_together(trainers(experiments, tmp_path / "together", tiny_llama_fp64), heard.append)
+    assert [str(failure) for failure in found] == ["None", "broken at step 1", "None"]
+    assert [done.step for done in heard] == [0, 1, 2]
+    step, _, _ = Run.open(tmp_path / "together" / "layer-1").load_checkpoint() or (None, None, None)
+    assert step == 1
+    for name, trainer in zip(experiments, trainers(experiments, tmp_path / "alone", tiny_llama_fp64), strict=True):
+        if name != "layer-1":
+            trainer.fit()
+    same(tmp_path / "together", tmp_path / "alone", ["layer-0", "layer-2"])
+
+
+def test_states_are_kept_of_no_more_runs_than_there_is_room_for(
+    of: Make, tmp_path: Path, tiny_llama_fp64: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for the states of one run is not room for those of two decoded in one batch."""
+    experiments = {f"layer-{layer}": of(layer) for layer in (2, 3)}
+    sample, asked = Policy.sample, []
+
+    def listening(self: Policy, *given: object, **named: object) -> object:
+        asked.append(named["keep"])
+        return sample(self, *given, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Policy, "sample", listening)
+    size = 4 * 3 * 5 * tiny_llama_fp64.d_model * 8
+    for name, room, kept in (("narrow", size, False), ("wide", 2 * size, True)):
+        monkeypatch.setattr(sources, "KEPT_BYTES", room)
+        fit_together(trainers(experiments, tmp_path / name, tiny_llama_fp64))
+        assert asked == [kept] * 3
+        asked.clear()
+    trainers(experiments, tmp_path / "alone", tiny_llama_fp64)[0].fit()
+    assert asked == [True] * 3
+    same(tmp_path / "narrow", tmp_path / "wide", list(experiments))
+
+
+def test_runs_laid_out_together_keep_their_own_token_budgets(
+    of: Make, tmp_path: Path, tiny_llama_fp64: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And share what was measured for the first."""
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda: 20_000_000)
+    experiments = {"a": replace(of(1), token_budget=17), "b": of(2), "c": replace(of(3), token_budget=40)}
+    runs = lay_out(experiments, tmp_path / "runs", tiny_llama_fp64)
+    engines = [run.manifest["engine"] for run in runs.values()]
+    assert [engine["token_budget"] for engine in engines] == [17, memory.budget_for(tiny_llama_fp64), 40]
+    assert len({(engine["products"], engine["processes"]) for engine in engines}) == 1
 
 
 def test_those_behind_catch_up(

@@ -225,6 +225,19 @@ def test_broken_at_the_first_step(tiny_llama: LanguageModel, tmp_path: Path) -> 
     assert Run.open(tmp_path / "run").load_checkpoint() is None
 
 
+def test_an_update_that_overflows_stops_and_keeps_the_checkpoint(tiny_llama: LanguageModel, tmp_path: Path) -> None:
+    """Gradients of zero over a moment of zero, with nothing added to it."""
+    what = experiment(3, Letters(hopeless=True))
+    trainer(tiny_llama, replace(what, steps=1), tmp_path / "run").fit()
+    zero = trainer(tiny_llama, replace(what, updater=AdamW(eps=0.0)), tmp_path / "run")
+    with pytest.raises(
+        RunFailed, match=r"update of step 1 overflowed at vectors\.resid_post\.0.*checkpoint of step 1 stays"
+    ):
+        zero.fit()
+    step, tensors, _ = Run.open(tmp_path / "run").load_checkpoint()
+    assert step == 1 and not any(t.isnan().any() for t in tensors.values())
+
+
 def test_no_group_has_a_signal(tiny_llama: LanguageModel, tmp_path: Path) -> None:
     adapter = trainer(tiny_llama, experiment(3, Letters(hopeless=True)), tmp_path / "run").fit()
     assert not any(p.any() for p in adapter.parameters())

@@ -8,6 +8,7 @@ from torch import nn
 
 from steerlab.errors import UsageError
 from steerlab.training import AdamW
+from steerlab.training.updaters import LARGEST_RATE
 
 
 def parameters() -> list[nn.Parameter]:
@@ -95,3 +96,13 @@ def test_state_round_trip() -> None:
 def test_bad_settings_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(UsageError):
         AdamW(**options)
+
+
+def test_rates_that_torch_cannot_hold_are_refused() -> None:
+    """torch would speak of a value that cannot be converted without overflow."""
+    with pytest.raises(UsageError, match=r"learning rate is 1e\+38; .* at most 1e\+30"):
+        AdamW(lr=1e38)
+    params = parameters()
+    give_gradients(params, 0)
+    AdamW(lr=LARGEST_RATE, warmup=0.0).open(params, 1).update(0)
+    assert all(bool(torch.isfinite(p).all()) for p in params)
