@@ -10,7 +10,8 @@ it then gets sees the runs' folders (a shared file system). Where a machine does
 own, starts again if it is lost, and sends the files of its runs back at the end.
 
 Workers use the environment that their machine has. Ray is an extra, imported here and nowhere else. Left out: starting
-clusters of several machines, tasks of several GPUs.
+clusters of several machines, tasks of several GPUs, the memory of tasks: where a machine has cores for more of them
+than its memory holds, start Ray there with fewer (`ray start --num-cpus`).
 """
 
 from __future__ import annotations

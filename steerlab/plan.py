@@ -4,12 +4,14 @@ Unit F = 2 · (weights in the blocks) per token, h = head weights / block weight
 token costs
 
     rollout  1 + h                 a prompt once per group, without the head
-    update   1 + b + 2h            b = share of the blocks above the lowest trained one; a prompt 1 + b, once per group
+    update   2b + 2h               b = share of the blocks above the lowest trained vector; 1 + b + 2h where what those
+                                   below wrote is too much to keep. A prompt without the head, once per micro-batch
+                                   that holds some of its group
 
 plus attention, 4 · heads · d_head · (positions seen) per token and block forward, twice that backward. Tokens are
-counted as if every completion ran to its limit and every group had a signal. Hours divide by the speed of one matrix
-product of the model's MLP shape, measured here and now, times the share of it that a whole step was seen to reach.
-Micro-batches are as large as a run begun here and now would make them (`training/memory.py`).
+counted as if every completion ran to its limit and every group had a signal. Hours divide by the speed of matrix
+products of the model's MLP shape, measured here and now, times the share of it that a whole step was seen to reach.
+Micro-batches are cut by the engine itself and as large as a run begun here and now would make them.
 Sizes come from the configuration alone, so a model that is not on this machine's disk can be planned from a folder
 with its config.json (and tokenizer files). Left out: reading weights, judging, drawing problems, several devices.
 """
@@ -20,105 +22,30 @@ import math
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import astuple, dataclass, replace
 
 import torch
 
 from steerlab.adapters import Steering
+from steerlab.batches import RolloutBatch
 from steerlab.errors import UsageError
-from steerlab.models import LanguageModel, load
-from steerlab.models.origins import detect_dtype
-from steerlab.models.sites import architecture, sizes
+from steerlab.models import packed
+from steerlab.models.shape import Shape, shape_of
 from steerlab.progress import duration
 from steerlab.rollouts import Condition
 from steerlab.runs import free_memory_bytes
 from steerlab.tasks import Problem, Task, encode
 from steerlab.training import Experiment, Rollouts, memory
+from steerlab.training.sources import KEPT_BYTES
 
-# Share of the speed of a bare matrix product that a whole step reaches on 2 CPU cores; 0.15 to 0.3 were seen.
-EFFICIENCY = 0.2
+# Of the speed of matrix products whose weights are not in a cache, what a whole RL step reached on 2 CPU cores:
+# 0.57 to 0.70 in bf16, more in fp32 (analyses/benchmarks/README.md, table of rl_step.py, share of limit).
+EFFICIENCY = 0.6
 MEASURE_S = 0.15
+COLD_BYTES = 128_000_000  # of weights used in turn, more than a cache holds; a smaller model has fewer
 CHARACTERS_PER_TOKEN = 3.0  # where there is no tokenizer
 RUNTIME_BYTES = 600_000_000  # Python, torch and transformers
 PAGE_BYTES = 12_000_000  # report.html and figures/, which carry plotly.js
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of a model, known without its weights. `tokenizer` is None where there is none to count with."""
-
-    name: str
-    n_layers: int
-    d_model: int
-    d_attention: int
-    d_kv: int
-    d_mlp: int
-    d_vocab: int
-    block_weights: int
-    all_weights: int
-    dtype: torch.dtype
-    tokenizer: Any
-
-    @property
-    def flops_per_token(self) -> float:
-        """F."""
-        return 2.0 * self.block_weights
-
-    @property
-    def head_share(self) -> float:
-        """h."""
-        return self.d_vocab * self.d_model / self.block_weights
-
-    @classmethod
-    def of(cls, hf: Any, tokenizer: Any, name: str, dtype: torch.dtype) -> Shape:
-        """Of a Hugging Face model, which may be without storage (device meta)."""
-        arch = architecture(hf.config.model_type)
-        blocks = list(hf.base_model.get_submodule(arch.blocks))
-        found = sizes(arch, hf.config, blocks)
-        return cls(
-            name=name,
-            n_layers=found.n_layers,
-            d_model=found.d_model,
-            d_attention=found.n_heads * found.d_head,
-            d_kv=found.n_kv_heads * found.d_head,
-            d_mlp=found.d_mlp,
-            d_vocab=hf.get_output_embeddings().weight.shape[0],
-            block_weights=sum(p.numel() for block in blocks for p in block.parameters() if p.ndim > 1),
-            all_weights=sum(p.numel() for p in hf.parameters()),
-            dtype=dtype,
-            tokenizer=tokenizer,
-        )
-
-
-def shape_of(name: str, dtype: str) -> Shape:
-    """Sizes of the model `name` from its configuration; aliases and .gguf files are loaded. Raises UsageError."""
-    is_hub_id = name.count("/") == 1 and not name.startswith((".", "/", "~")) and not name.endswith(".gguf")
-    if not Path(name).expanduser().is_dir() and not is_hub_id:
-        model: LanguageModel = load(name, dtype=dtype)  # type: ignore[arg-type]
-        return Shape.of(model.hf, model.tokenizer, name, model.dtype)
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-    source = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
-    try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise UsageError(
-            f"cannot read the configuration of {name} ({reason}); to plan without the weights give a folder that holds "
-            "its config.json"
-        ) from None
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError):
-        tokenizer = None
-    architecture(config.model_type)
-    with torch.device("meta"):
-        hf = AutoModelForCausalLM.from_config(config)
-    kind = _DTYPES[dtype] if dtype in _DTYPES else detect_dtype(torch.device("cpu"))
-    return Shape.of(hf, tokenizer, name, kind)
 
 
 @dataclass(frozen=True)
@@ -132,22 +59,10 @@ class Work:
     flops: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        return Work(
-            self.passes + other.passes,
-            self.prompt_tokens + other.prompt_tokens,
-            self.completions + other.completions,
-            self.completion_tokens + other.completion_tokens,
-            self.flops + other.flops,
-        )
+        return Work(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
     def __mul__(self, times: int) -> Work:
-        return Work(
-            self.passes * times,
-            self.prompt_tokens * times,
-            self.completions * times,
-            self.completion_tokens * times,
-            self.flops * times,
-        )
+        return Work(*(amount * times for amount in astuple(self)))
 
 
 def sampling_work(shape: Shape, prompts: int, prompt: float, samples: int, limit: int, max_rows: int) -> Work:
@@ -159,18 +74,32 @@ def sampling_work(shape: Shape, prompts: int, prompt: float, samples: int, limit
     return Work(math.ceil(rows / max_rows) * limit, fed, rows, drawn, flops)
 
 
-def update_work(shape: Shape, source: Rollouts, prompt: float, lowest: int, below_block: bool, budget: int) -> Work:
-    """One update on the completions of one step: forward and backward through the blocks above the lowest trained
-    vector (what those below wrote is kept from sampling), prompts once per group."""
-    limit, fed = source.sampling.max_new_tokens, source.prompts * prompt
-    tokens = source.prompts * source.samples * limit
-    above = (shape.n_layers - lowest - (0 if below_block else 1)) / shape.n_layers
-    unit = shape.flops_per_token
+def update_work(shape: Shape, source: Rollouts, prompt: float, first_block: int, budget: int) -> Work:
+    """One update on the completions of one step, in micro-batches of `budget` tokens (`passes` of them): backward from
+    block `first_block` on, forward too if what the blocks below wrote is kept from sampling, else from the bottom."""
+    limit, parts = source.sampling.max_new_tokens, micro_batches(source, prompt, budget)
+    fed, tokens = prompt * sum(len(part.prompts) for part in parts), source.prompts * source.samples * limit
+    backward = (shape.n_layers - first_block) / shape.n_layers
+    forward = backward if kept_bytes(shape, source, first_block) else 1.0
     seen = fed * prompt / 2 + tokens * (prompt + limit / 2)
-    flops = unit * (2 * above * (fed + tokens) + 2 * shape.head_share * tokens)
-    flops += attention(shape, seen) * 3 * above
-    groups = max(1, int(budget // (source.samples * limit + prompt)))
-    return Work(2 * math.ceil(source.prompts / groups), flops=flops)
+    flops = shape.flops_per_token * ((forward + backward) * (fed + tokens) + 2 * shape.head_share * tokens)
+    return Work(len(parts), flops=flops + attention(shape, seen) * (forward + 2 * backward))
+
+
+def micro_batches(source: Rollouts, prompt: float, budget: int) -> list[RolloutBatch]:
+    """The engine's micro-batches of one step (without texts): prompts of `prompt` tokens, completions to their limit,
+    a signal in every group."""
+    rows = source.prompts * source.samples
+    whole = RolloutBatch(
+        prompts=((0,) * round(prompt),) * source.prompts,
+        group=torch.arange(source.prompts).repeat_interleave(source.samples),
+        completions=torch.zeros(rows, 0, dtype=torch.long),
+        lengths=torch.full((rows,), source.sampling.max_new_tokens),
+        logprobs=torch.zeros(rows, 0),
+        rewards=torch.zeros(rows),
+        correct=torch.zeros(rows, dtype=torch.bool),
+    )
+    return list(whole.micro_batches(budget))
 
 
 def attention(shape: Shape, seen: float) -> float:
@@ -190,17 +119,18 @@ def prompt_tokens(shape: Shape, task: Task, problems: list[Problem]) -> tuple[fl
 
 
 def measured_flops_per_s(shape: Shape, rows: int) -> float:
-    """Speed of a (rows × d_model) · (d_model × d_mlp) product in the model's dtype on this machine."""
+    """Speed of (rows × d_model) · (d_model × d_mlp) products in the model's dtype on this machine, each with another
+    weight, as in a step: one and the same would come from the cache."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    left = torch.ones(max(1, rows), shape.d_model, dtype=shape.dtype, device=device)
-    right = torch.ones(shape.d_model, shape.d_mlp, dtype=shape.dtype, device=device)
-    _ = float((left @ right)[0, 0])
+    x = torch.ones(max(1, rows), shape.d_model, dtype=shape.dtype, device=device)
+    n = 1 + min(COLD_BYTES // shape.dtype.itemsize, shape.block_weights) // (shape.d_mlp * shape.d_model)
+    weights = torch.ones(n, shape.d_mlp, shape.d_model, dtype=shape.dtype, device=device)
     spent: list[float] = []
-    while sum(spent) < MEASURE_S:
+    while sum(spent[1:]) < MEASURE_S:  # the first is a warm-up
         begin = time.perf_counter()
-        _ = float((left @ right)[0, 0])
+        _ = float(torch.nn.functional.linear(x, weights[len(spent) % n])[0, 0])
         spent.append(time.perf_counter() - begin)
-    return 2.0 * left.shape[0] * shape.d_model * shape.d_mlp / statistics.median(spent)
+    return 2.0 * len(x) * shape.d_model * shape.d_mlp / statistics.median(spent[1:])
 
 
 @dataclass(frozen=True)
@@ -219,6 +149,8 @@ class Plan:
     update_flops_per_s: float
     decode_bytes: float
     update_bytes: float
+    packed_bytes: int
+    kept_bytes: int
     token_budget: int
     counted: bool
     runs: int = 1
@@ -236,7 +168,8 @@ class Plan:
     @property
     def peak_bytes(self) -> float:
         trained = 16 * self.n_trained  # fp32: vectors, gradients, two moments
-        return self.weight_bytes + trained + max(self.decode_bytes, self.update_bytes) + RUNTIME_BYTES
+        stays = self.weight_bytes + self.packed_bytes + self.kept_bytes + trained + RUNTIME_BYTES
+        return stays + max(self.decode_bytes, self.update_bytes)
 
     @property
     def chosen(self) -> str:
@@ -258,14 +191,15 @@ class Plan:
             ("trained", f"{runs}{self.n_trained:,} parameters, {self.experiment.steps} steps of {source.prompts} "
              f"prompts × {source.samples} samples × at most {source.sampling.max_new_tokens} tokens"),
             ("rollouts", told(self.rollouts)),
-            ("updates", f"at most {self.updates.passes:,} forward passes and half as many backward, "
+            ("updates", f"at most {self.updates.passes:,} forward passes and as many backward, "
              f"{self.updates.flops:.3g} FLOP; micro-batches of {self.token_budget:,} tokens, {self.chosen}"),
             ("evaluation", told(self.evaluation)),
             ("prompt tokens", how),
             ("hours", f"about {self.hours:.3g} ({duration(3600 * self.hours)}) if completions run to their limit; at "
-             f"{EFFICIENCY:.0%} of {speeds} GFLOP/s of a bare matrix product here and now (0.15 to 0.3 were seen)"),
-            ("memory", f"about {size(self.peak_bytes)} at the peak: weights {size(self.weight_bytes)}, sampling "
-             f"{size(self.decode_bytes)} or update {size(self.update_bytes)}, vectors with gradients and optimiser "
+             f"{EFFICIENCY:.0%} of {speeds} GFLOP/s of matrix products here and now (share measured in bf16 on a CPU)"),
+            ("memory", f"about {size(self.peak_bytes)} at the peak: weights {size(self.weight_bytes)}, packed again "
+             f"{size(self.packed_bytes)}, sampling {size(self.decode_bytes)} or update {size(self.update_bytes)}, "
+             f"states kept between them {size(self.kept_bytes)}, vectors with gradients and optimiser "
              f"{size(16 * self.n_trained)}, Python and torch {size(RUNTIME_BYTES)}"),
             ("disk", f"about {size(16 * self.n_trained + pages)}: checkpoint {size(12 * self.n_trained)} "
              f"(rewritten every step), vectors {size(4 * self.n_trained)}, report and figures {size(pages)}"),
@@ -307,7 +241,8 @@ def plan(experiment: Experiment, shape: Shape | None = None) -> Plan:
     mean, longest = prompt_tokens(shape, source.task, source.task.problems("train"))
     rows, limit = source.prompts * source.samples, source.sampling.max_new_tokens
     decoded = min(rows, source.max_rows)
-    budget = token_budget(shape, experiment)
+    copy = packed_bytes(shape)
+    budget = experiment.token_budget or token_budget(shape, copy)
     n_trained, updates = trained_and_updates(shape, experiment, budget)
     return Plan(
         shape=shape,
@@ -320,6 +255,8 @@ def plan(experiment: Experiment, shape: Shape | None = None) -> Plan:
         update_flops_per_s=measured_flops_per_s(shape, budget),
         decode_bytes=decode_bytes(shape, max(decoded, min(evaluation.max_rows, rows)), longest + limit),
         update_bytes=update_bytes(shape, max(limit + longest, min(budget, rows * limit + source.prompts * longest))),
+        packed_bytes=copy,
+        kept_bytes=kept_bytes(shape, source, first_block(experiment.adapter)),
         token_budget=budget,
         counted=shape.tokenizer is not None,
     )
@@ -350,8 +287,13 @@ def trained_and_updates(shape: Shape, experiment: Experiment, budget: int) -> tu
     assert isinstance(source, Rollouts) and isinstance(adapter, Steering)
     layers = range(shape.n_layers) if adapter.layers is None else adapter.layers
     mean, _ = prompt_tokens(shape, source.task, source.task.problems("train"))
-    one = update_work(shape, source, mean, min(layers), adapter.site != "resid_post", budget)
+    one = update_work(shape, source, mean, first_block(adapter), budget)
     return len(layers) * site_width(shape, adapter.site), one * experiment.steps
+
+
+def first_block(adapter: Steering) -> int:
+    """What the block before this one writes depends on no vector."""
+    return min(adapter.layers or (0,)) + (adapter.site == "resid_post")
 
 
 def site_width(shape: Shape, site: str) -> int:
@@ -374,8 +316,10 @@ def evaluation_work(shape: Shape, experiment: Experiment) -> Work:
 
 
 def decode_bytes(shape: Shape, rows: int, positions: int) -> float:
-    """Keys and values of one decode batch and its logits (in fp32, with the copies that sampling makes)."""
-    cache = rows * positions * 2 * shape.d_kv * (shape.n_layers + 1) * shape.dtype.itemsize
+    """Keys and values of one decode batch (of a CPU in at least fp32) and its logits (in fp32, with the copies that
+    sampling makes)."""
+    itemsize = shape.dtype.itemsize if torch.cuda.is_available() else max(4, shape.dtype.itemsize)
+    cache = rows * positions * 2 * shape.d_kv * (shape.n_layers + 1) * itemsize
     return float(cache + rows * shape.d_vocab * (shape.dtype.itemsize + 3 * 4))
 
 
@@ -389,10 +333,28 @@ def update_bytes(shape: Shape, tokens: int) -> float:
     return float(memory.update_bytes(tokens, bytes_per_token(shape), shape.d_vocab))
 
 
-def token_budget(shape: Shape, experiment: Experiment) -> int:
-    """Tokens per micro-batch: the experiment's own number, or what would fit beside the weights here and now."""
-    if experiment.token_budget is not None:
-        return experiment.token_budget
+def kept_bytes(shape: Shape, source: Rollouts, first_block: int) -> int:
+    """Hidden states of a step kept from sampling for an update that begins at `first_block`; 0 where none are."""
+    n_tokens = source.prompts * source.samples * source.sampling.max_new_tokens
+    states = n_tokens * shape.d_model * shape.dtype.itemsize
+    return states if first_block > 0 and states <= KEPT_BYTES else 0
+
+
+def left_bytes(shape: Shape) -> int | None:
+    """What the weights would leave of the memory free here and now; None where nobody knows."""
     free = free_memory_bytes(torch.cuda.current_device() if torch.cuda.is_available() else None)
-    left = None if free is None else free - shape.all_weights * shape.dtype.itemsize
-    return memory.budget(left, bytes_per_token(shape), shape.d_vocab)
+    return None if free is None else free - shape.all_weights * shape.dtype.itemsize
+
+
+def packed_bytes(shape: Shape) -> int:
+    """The packed copy of block weights and head that decoding may use; 0 where it would not be made."""
+    copy, left = (shape.block_weights + shape.d_vocab * shape.d_model) * shape.dtype.itemsize, left_bytes(shape)
+    fits = left is None or copy <= packed.SHARE * left
+    return copy if fits and shape.dtype in packed.DTYPES and not torch.cuda.is_available() else 0
+
+
+def token_budget(shape: Shape, beside: int) -> int:
+    """Tokens per micro-batch that would fit beside the weights and `beside` more bytes, here and now."""
+    left, cap = left_bytes(shape), None if torch.cuda.is_available() else memory.CAP_TOKENS
+    each = bytes_per_token(shape)
+    return memory.budget(None if left is None else left - beside, each, shape.d_vocab, cap=cap)

@@ -10,8 +10,9 @@ import torch
 
 from steerlab import plan as planning
 from steerlab.errors import UsageError
-from steerlab.models import LanguageModel
-from steerlab.plan import Shape, Work, plan, sampling_work, shape_of, update_work
+from steerlab.models import LanguageModel, packed
+from steerlab.models.shape import Shape, shape_of
+from steerlab.plan import Work, kept_bytes, plan, sampling_work, update_work
 from steerlab.recipes import rloo
 from steerlab.rollouts import Sampling
 from steerlab.tasks import Task, make
@@ -52,7 +53,7 @@ def test_a_token_costs_what_the_table_says(head_share: float, costs: tuple[float
     shape = replace(bare(head_share), n_layers=10**6)
     source = Rollouts(make("chain_sum"), 1, 1000, Sampling(max_new_tokens=10))
     for lowest, wanted in zip((0, 5 * 10**5, 10**6 - 1), costs, strict=True):
-        work = update_work(shape, source, prompt=0.0, lowest=lowest, below_block=False, budget=2048)
+        work = update_work(shape, source, prompt=0.0, first_block=lowest + 1, budget=2048)
         assert work.flops / (10_000 * shape.flops_per_token) == pytest.approx(wanted, abs=1e-3)
 
 
@@ -67,6 +68,68 @@ def test_prompts_are_fed_once_per_group_and_without_the_head() -> None:
 def test_passes_grow_with_decode_batches() -> None:
     assert sampling_work(bare(0.5), 8, 7.0, 8, 3, max_rows=64).passes == 3
     assert sampling_work(bare(0.5), 8, 7.0, 8, 3, max_rows=32).passes == 6
+
+
+@pytest.mark.parametrize(
+    ("samples", "limit", "prompt", "parts"),
+    [(16, 512, 300.0, 128), (8, 24, 100.0, 4), (8, 24, 10.4, 3), (1, 1000, 7.0, 8)],
+)
+def test_updates_take_the_engines_micro_batches(samples: int, limit: int, prompt: float, parts: int) -> None:
+    """Of 640 tokens: a completion each; two groups each; three groups each; a completion that is longer than that."""
+    source = Rollouts(make("chain_sum"), 8, samples, Sampling(max_new_tokens=limit))
+    assert update_work(bare(0.5), source, prompt, first_block=1, budget=640).passes == parts
+
+
+def test_the_update_feeds_a_prompt_with_every_piece_of_its_group() -> None:
+    """8 pieces and 1, of a group of 8."""
+    source, shape = Rollouts(make("chain_sum"), 1, 8, Sampling(max_new_tokens=10)), bare(0.5)
+    many, one = (update_work(shape, source, 6.0, first_block=0, budget=budget) for budget in (16, 10**6))
+    assert (many.passes, one.passes) == (8, 1)
+    assert many.flops - one.flops == shape.flops_per_token * 2 * 7 * 6
+
+
+def test_states_too_many_to_keep_cost_a_forward_through_all_blocks() -> None:
+    source, shape = Rollouts(make("chain_sum"), 2, 8, Sampling(max_new_tokens=10)), bare(0.0)
+    wide = replace(shape, d_model=planning.KEPT_BYTES // (2 * 8 * 10 * 4))
+    assert kept_bytes(wide, source, first_block=1) == wide.d_model * 2 * 8 * 10 * 4 <= planning.KEPT_BYTES
+    assert kept_bytes(wide, source, first_block=0) == 0
+    wider = replace(wide, d_model=wide.d_model + 1)
+    assert kept_bytes(wider, source, first_block=1) == 0
+    kept, not_kept = (
+        update_work(each, source, 0.0, first_block=8, budget=640).flops - 2 * each.head_share * 160 * 2000
+        for each in (wide, wider)
+    )
+    assert kept == pytest.approx(160 * 2000 * (0.2 + 0.2)) and not_kept == pytest.approx(160 * 2000 * (1 + 0.2))
+
+
+def test_a_cpu_holds_keys_and_values_in_fp32(tiny_llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    shape = replace(Shape.of(tiny_llama.hf, None, "tiny", torch.bfloat16), d_vocab=0)
+
+    def held(dtype: torch.dtype) -> float:
+        return planning.decode_bytes(replace(shape, dtype=dtype), rows=3, positions=10)
+
+    for cuda, expected in ((False, (4, 4, 8)), (True, (2, 4, 8))):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        unit = 3 * 10 * 2 * shape.d_kv * (shape.n_layers + 1)
+        assert tuple(held(d) / unit for d in (torch.bfloat16, torch.float32, torch.float64)) == expected
+
+
+def test_the_packed_copy_is_counted_where_it_would_be_made(
+    tiny_llama: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape, free = Shape.of(tiny_llama.hf, None, "tiny", torch.float32), [None]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(planning, "free_memory_bytes", lambda gpu: free[0])
+    copy = packed.packed_bytes(tiny_llama)
+    assert planning.packed_bytes(shape) == copy
+    assert planning.packed_bytes(replace(shape, dtype=torch.float64)) == 0
+    weights = 4 * shape.all_weights
+    for free[0], expected in ((weights + 4 * copy, copy), (weights + 4 * copy - 4, 0)):
+        assert planning.packed_bytes(shape) == expected
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    free[0] = None
+    assert planning.packed_bytes(shape) == 0
 
 
 def test_attention_is_counted(tiny_llama: LanguageModel) -> None:
@@ -98,7 +161,9 @@ def test_a_plan_counts_what_a_run_will_do(experiment: Experiment) -> None:
     assert made.rollouts.completion_tokens == 3 * 4 * 2 * 6
     assert made.evaluation.completions == 10 * (5 + 5 + 1)  # base and steered sampled, base greedy
     assert 0 < made.hours < 1
-    assert made.peak_bytes > made.weight_bytes
+    assert made.kept_bytes == 4 * 2 * 6 * 32 * 4
+    stays = made.weight_bytes + made.packed_bytes + made.kept_bytes
+    assert made.peak_bytes > stays + max(made.decode_bytes, made.update_bytes)
 
 
 def test_a_plan_is_read_in_two_columns(experiment: Experiment) -> None:
@@ -147,6 +212,19 @@ def test_a_hub_model_that_is_not_here_is_one_line(experiment: Experiment) -> Non
 def test_the_measured_speed_is_a_speed(tiny_llama: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "MEASURE_S", 0.01)
     assert planning.measured_flops_per_s(Shape.of(tiny_llama.hf, None, "tiny", torch.float32), 8) > 0
+
+
+def test_the_speed_is_of_weights_that_are_not_in_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    product, used = torch.nn.functional.linear, set()
+
+    def noted(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        used.add(weight.data_ptr())
+        return product(x, weight)
+
+    monkeypatch.setattr(torch.nn.functional, "linear", noted)
+    shape = replace(bare(0.5), d_model=8, d_mlp=8, block_weights=640)
+    assert planning.measured_flops_per_s(shape, 4) > 0
+    assert len(used) == 11
 
 
 def test_bytes_are_said_in_their_unit() -> None:
