@@ -230,9 +230,7 @@ def test_an_update_that_overflows_stops_and_keeps_the_checkpoint(tiny_llama: Lan
     what = experiment(3, Letters(hopeless=True))
     trainer(tiny_llama, replace(what, steps=1), tmp_path / "run").fit()
     zero = trainer(tiny_llama, replace(what, updater=AdamW(eps=0.0)), tmp_path / "run")
-    with pytest.raises(
-        RunFailed, match=r"update of step 1 overflowed at vectors\.resid_post\.0.*checkpoint of step 1 stays"
-    ):
+    with pytest.raises(RunFailed, match=r"update of step 1 overflowed at vectors\.resid_post\.0.*step 1 stays"):
         zero.fit()
     step, tensors, _ = Run.open(tmp_path / "run").load_checkpoint()
     assert step == 1 and not any(t.isnan().any() for t in tensors.values())
