@@ -256,11 +256,9 @@ def _answer(process: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 def subject(scale: Scale, dtype: str) -> tuple[LanguageModel, Workload]:
-    """The model as users of steerlab have it, its matrix products measured as the trainer does at step 0, and the
-    workload; tiny ones for tests."""
+    """The model, tuned as the trainer does at step 0, and the workload; tiny ones for tests."""
     from steerlab.models import load as load_model
     from steerlab.models import tiny
-    from steerlab.models.packed import measured_choice
 
     work = load()
     if scale == "tiny":
@@ -268,7 +266,7 @@ def subject(scale: Scale, dtype: str) -> tuple[LanguageModel, Workload]:
         work = work.tiny(model.tokenizer.eos_token_id, model.d_vocab)
     else:
         model = load_model("smollm2-135m", dtype=dtype)
-    model.products = measured_choice(model)
+    model.tune()
     return model, work
 
 
@@ -346,7 +344,13 @@ def table(
     rows: list[Row] = []
     for dtype in options.dtypes:
         model, work = subject(options.scale, dtype)
-        stated = {"dtype": dtype, "products": model.products, "threads": options.threads, "repeats": options.repeats}
+        stated = {
+            "dtype": dtype,
+            "products": model.products,
+            "kernels": model.kernels,
+            "threads": options.threads,
+            "repeats": options.repeats,
+        }
         rows += [stated | row for row in rows_of(model, work)]
     report(rows, columns, options.out, name)
     return rows

@@ -3,7 +3,9 @@
 `Decoding` is the attention plan of one new token per row. Rows that continue one unit (a prompt under one set of
 vectors) attend to its keys in one product, then each to what it has written itself, and one softmax joins the two.
 Which unit a row continues may differ by layer: rows whose vectors are equal up to a layer share units there and part
-company above (`Sharing`). Rows that have ended are dropped without moving a prompt.
+company above (`Sharing`). Rows that have ended are dropped without moving a prompt. `ByRow` is the same plan with one
+kernel per layer (`operators.attend`), on a CPU whose model uses kernels: rows there keep their place and share nothing
+but the prompt's memory.
 
 On a CPU a bf16 model's keys and values are held, and attention is computed, in fp32: for products this small it is
 faster, and scores are not rounded.
@@ -157,6 +159,44 @@ class Decoding:
         return torch.zeros(hidden.shape, dtype=like.dtype, device=device).masked_fill_(hidden, lowest)[
             :, None, None, None
         ]
+
+
+class ByRow:
+    """The same arguments, and the same plan."""
+
+    def __init__(self, prompt: Sequence[UnitKeys], sharing: Sequence[Sharing], capacity: int) -> None:
+        self.prompt, self.capacity = [_working(keys) for keys in prompt], capacity
+        self.own: list[tuple[Tensor, Tensor] | None] = [None] * len(self.prompt)
+        self.unit, self.lengths = [s.unit for s in sharing], [s.all_lengths for s in sharing]
+        self.place = torch.arange(len(self.unit[0]))
+        self.filled, self.scratch = 0, torch.empty(0)
+
+    def advance(self) -> None:
+        """The next forward writes the next place."""
+        self.filled += 1
+
+    def select(self, rows: Int[Tensor, " kept"]) -> None:
+        """Row i becomes what row `rows[i]` was; nothing is moved."""
+        kept = {place: unit[rows] for place, unit in {id(unit): unit for unit in self.unit}.items()}
+        self.unit, self.place = [kept[id(unit)] for unit in self.unit], self.place[rows]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
+        from steerlab.models import operators
+
+        prompt, own = self.prompt[layer], self.own[layer]
+        if own is None:
+            shape = len(self.place), key.shape[1], self.capacity
+            like = prompt.key
+            own = self.own[layer] = like.new_empty(*shape, key.shape[3]), like.new_empty(*shape, value.shape[3])
+        slots = prompt.key.shape[2] + self.capacity
+        needed = operators.scratch_size(*query.shape[:2], slots, key.shape[3], value.shape[3])
+        if len(self.scratch) < needed:
+            self.scratch = prompt.key.new_empty(needed)
+        index = self.unit[layer], self.place, self.lengths[layer]
+        pair = prompt.key, prompt.value
+        return operators.attend(
+            query, key, value, pair, own, index, self.filled, rule.scale, rule.softcap, rule.window, self.scratch
+        )
 
 
 def _working(keys: UnitKeys) -> UnitKeys:

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from steerlab.models import forward, hooks
+from steerlab.models import engine, forward, hooks
 from steerlab.models.hooks import Doors, Edit, Mask
 from steerlab.models.sites import Site, architecture, check_meaning, norm_placement, places, sizes
 from steerlab.models.weights import hash_tensors
@@ -24,6 +24,7 @@ from steerlab.models.weights import hash_tensors
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
+    from steerlab.models.fused import Fused, Kernels
     from steerlab.models.packed import PackedWeights, Products
 
 _NOT_CONTENT = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache", "architectures")
@@ -59,6 +60,8 @@ class LanguageModel:
         self._weights_sha256 = weights_sha256
         self.products: Products = "plain"
         self.packed: PackedWeights | None = None
+        self.kernels: Kernels = "family"
+        self.fused: Fused | None = None
         check_meaning(hooks.probe(self), self.sizes, self.doors.places)
 
     def __repr__(self) -> str:
@@ -170,6 +173,11 @@ class LanguageModel:
     ) -> dict[Site, Tensor]:
         """See `hooks.cache`."""
         return hooks.cache(self, tokens, sites, mask)
+
+    def tune(self) -> dict[str, str]:
+        """Measure how this machine computes fastest and go on that way, in `Policy` (sampling, log-probabilities,
+        training); hidden states and logits asked for here stay the family's own bits. See `models/engine.py`."""
+        return engine.tune(self)
 
     def intervene(self, edits: Mapping[Site, Edit]) -> AbstractContextManager[None]:
         """See `hooks.intervene`."""

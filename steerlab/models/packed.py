@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 DTYPES = (torch.float32, torch.bfloat16)
 ROWS = 32  # the layout is chosen for about this many rows; it serves any number
 SHARE = 0.25  # of the free memory that the copy may take
-TRIALS = 4  # the first of them is a warm-up
+TRIALS = 8  # the first of them is a warm-up
 Products = Literal["plain", "packed"]
 
 

@@ -15,11 +15,10 @@ from torch import Tensor
 
 from steerlab.adapters import Adapter, Attached
 from steerlab.batches import RolloutBatch
-from steerlab.models import LanguageModel
+from steerlab.models import LanguageModel, engine
 from steerlab.models.attention import Stream
 from steerlab.models.forward import planned
 from steerlab.models.head import token_logprobs
-from steerlab.models.packed import products
 from steerlab.rollouts.packing import Packed
 from steerlab.rollouts.sampler import Completions, Prompts, Rows, sample
 from steerlab.rollouts.sampling import Sampling
@@ -44,20 +43,20 @@ class Policy:
         keep: bool = False,
     ) -> Completions:
         """Completions of `rows`; see `sampler.sample`."""
-        with products(self.model), in_use(self.adapter, self.model) as attached:
+        with engine.decoding(self.model), in_use(self.adapter, self.model) as attached:
             return sample(
                 self.model, attached, prompts, rows, sampling, seed=seed, step=step, max_rows=max_rows, keep=keep
             )
 
     def logprobs(self, batch: RolloutBatch) -> Float[Tensor, "row pos"]:
         """Log-probability (nats) of each completion token at the batch's temperature, 0 on padding; has a graph."""
-        with in_use(self.adapter, self.model) as attached:
+        with engine.reading(self.model), in_use(self.adapter, self.model) as attached:
             return teacher_forced(self.model, attached, batch)
 
     @torch.no_grad()
     def reference_logprobs(self, batch: RolloutBatch) -> Float[Tensor, "row pos"]:
         """The same under the reference, without a graph: the same model with other vectors."""
-        with in_use(self.reference, self.model) as attached:
+        with engine.reading(self.model), in_use(self.reference, self.model) as attached:
             return teacher_forced(self.model, attached, batch)
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from steerlab.adapters import Attached, Layout
 from steerlab.models import LanguageModel, hooks
 from steerlab.models.attention import Segment, Stream
-from steerlab.models.decoding import Decoding, Sharing, UnitKeys
+from steerlab.models.decoding import ByRow, Decoding, Sharing, UnitKeys
 from steerlab.models.forward import planned
 
 PREFILL_TOKENS = 4096  # prompt tokens in one forward pass
@@ -36,8 +36,8 @@ class Prefilled:
     last: dict[Unit, Float[Tensor, " d_model"]] = field(default_factory=dict)
     written: dict[Unit, Float[Tensor, "pos d_model"]] = field(default_factory=dict)
 
-    def plan(self, names: Sequence[Unit], capacity: int) -> Decoding:
-        """The decoding plan of rows that continue the units `names`; empties `keys` layer by layer."""
+    def plan(self, names: Sequence[Unit], capacity: int, fused: bool) -> Decoding | ByRow:
+        """The plan of rows that continue the units `names`, by kernels if `fused`; empties `keys` layer by layer."""
         prompt: list[UnitKeys] = []
         sharing: list[Sharing] = []
         shared: dict[tuple[int, ...], Sharing] = {}
@@ -53,7 +53,7 @@ class Prefilled:
             sharing.append(shared[places])
             prompt.append(_padded(pairs))
             self.keys[layer] = []
-        return Decoding(prompt, sharing, capacity)
+        return (ByRow if fused else Decoding)(prompt, sharing, capacity)
 
 
 def _padded(pairs: Sequence[tuple[Tensor, Tensor]]) -> UnitKeys:

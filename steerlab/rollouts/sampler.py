@@ -241,7 +241,7 @@ class _Decoding:
     def prefill(self) -> Float[Tensor, "row d_model"]:
         """Hidden state of each row's last prompt token; leaves the prompts' keys and values in the plan."""
         self.prompt_states = self.reader.read(sorted(set(self.names)))
-        self.plan = self.prompt_states.plan(self.names, self.sampling.max_new_tokens)
+        self.plan = self.prompt_states.plan(self.names, self.sampling.max_new_tokens, self.model.kernels == "fused")
         seams = torch.tensor([self.reader.kept(member) for _, member in self.names], device=self.model.device)
         shape = (*self.out_tokens.shape, self.model.d_model)
         self.written = torch.empty(shape, dtype=self.model.dtype, device=self.model.device) if seams.any() else None

@@ -91,7 +91,7 @@ def learn_together(trainers: Sequence[Trainer], step: int) -> list[RunFailed | N
     """One step of several trainers that have all done the steps before; returns why each could not do it, else None.
     Time spent in common is divided evenly.
     """
-    trainers[0].put_in_force()  # how matrix products are done is the model's, which these runs share
+    trainers[0].put_in_force()  # how it computes is the model's, which these runs share
     start = time.perf_counter()
     if len(trainers) == 1:
         trainers[0].clock = start

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from steerlab.adapters import Adapter
 from steerlab.batches import RolloutBatch
-from steerlab.errors import RunFailed, UsageError
-from steerlab.models.packed import able, measured_choice, packed_copy
+from steerlab.errors import RunFailed
+from steerlab.models import engine
 from steerlab.rollouts import Policy
 from steerlab.runs import CostLedger, Run, give_back_memory, ran_out
 from steerlab.training import memory
@@ -239,10 +239,9 @@ class Trainer:
         """`engine`: how this machine does the work, chosen when the run begins and kept in its manifest from then on.
 
         token_budget: tokens per micro-batch. processes: how many began the run; a resume may have any number,
-        which changes the rounding of sums and nothing else. products: how matrix products are done while decoding, what
-        the leader measures to be faster (`models/packed.py`); it is also put in force here. like: what another run
-        settled for the same model, of which only the budget is chosen anew. Raises UsageError if this machine cannot
-        do what the run was begun with.
+        which changes the rounding of sums and nothing else. products, kernels: what the leader measures to be faster
+        (`models/engine.py`), also put in force here. like: what another run settled for the same model, of which only
+        the budget is chosen anew. Raises UsageError if this machine cannot do what the run was begun with.
         """
 
         def chosen() -> dict[str, Any]:
@@ -250,8 +249,8 @@ class Trainer:
             if known is not None:
                 return dict(known)
             whole = self.shards is None
-            products = measured_choice(self.policy.model, processes=self.world.local_size) if whole else "plain"
-            return {"processes": self.world.size, "products": products}
+            choice = engine.tune(self.policy.model, self.world.local_size) if whole else engine.PLAIN
+            return {"processes": self.world.size, **choice}
 
         self.engine: dict[str, Any] = self.world.from_leader(chosen)
         self.put_in_force()
@@ -269,17 +268,8 @@ class Trainer:
         self.engine = self.world.from_leader(kept)
 
     def put_in_force(self) -> None:
-        """Have the model, which runs may share, do its products as this run does them."""
-        model = self.policy.model
-        model.products = self.engine.get("products", "plain") if self.shards is None else "plain"
-        if model.products == "plain":
-            return
-        if not able(model):
-            raise UsageError(
-                f"{self.run.folder} was begun with packed matrix products, which this machine cannot do; go on where "
-                "it was begun, or choose a new folder"
-            )
-        packed_copy(model)
+        """Have the model, which runs may share, compute as this run does."""
+        engine.use(self.policy.model, self.engine if self.shards is None else engine.PLAIN)
 
     def resume(self) -> tuple[int, float | None]:
         """Put the last checkpoint back, if there is one; drop log lines of steps that will be done again."""

@@ -1,0 +1,195 @@
+"""RMS norm, gate, rotary embedding and attention of a decode step as torch functions on `kernels.py`, for a CPU.
+
+Differentiable where training needs it, once and by hand: an operator keeps its inputs and nothing else. Leaves out:
+gradients of weights (models are frozen) and second derivatives.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from steerlab.models import kernels
+
+_STORED = {torch.bfloat16: np.uint16(0), torch.float32: np.float32(0), torch.float64: np.float64(0)}
+_EXACT = {torch.bfloat16: np.float32, torch.float32: np.float32, torch.float64: np.float64}
+DTYPES = tuple(_STORED)
+
+
+def working(dtype: torch.dtype) -> torch.dtype:
+    """What numbers of `dtype` are computed in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _wants_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float) -> Tensor:
+        out, inverse = _normalised(x, weight, eps, offset)
+        ctx.save_for_backward(x, weight, inverse)
+        ctx.offset = offset
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, inverse = ctx.saved_tensors
+        out, grad, width, dtype = torch.empty_like(x), grads[0].contiguous(), x.shape[-1], x.dtype
+        at = grad.data_ptr(), x.data_ptr(), weight.data_ptr(), out.data_ptr(), inverse.data_ptr()
+        kernels.rms_norm_back(*at, (inverse.numel(), width), _EXACT[dtype](ctx.offset), _STORED[dtype])
+        return out, None, None, None
+
+
+def _normalised(x: Tensor, weight: Tensor, eps: float, offset: float) -> tuple[Tensor, Tensor]:
+    width, exact = x.shape[-1], _EXACT[x.dtype]
+    out = torch.empty_like(x)
+    inverse = torch.empty(x.numel() // width, dtype=working(x.dtype))
+    at = x.data_ptr(), weight.data_ptr(), out.data_ptr(), inverse.data_ptr()
+    kernels.rms_norm(*at, (inverse.numel(), width), exact(eps), exact(offset), _STORED[x.dtype])
+    return out, inverse
+
+
+def rms_norm(
+    x: Float[Tensor, "*batch width"], weight: Float[Tensor, " width"], eps: float, offset: float = 0.0
+) -> Float[Tensor, "*batch width"]:
+    """x / √(mean x² + eps) · (weight + offset), differentiable in x. offset: 1 in Gemma's norms."""
+    x = x.contiguous()
+    if _wants_gradient(x):
+        return _RMSNorm.apply(x, weight, eps, offset)  # type: ignore[return-value]
+    return _normalised(x, weight, eps, offset)[0]
+
+
+class _Gate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return _gated(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        grad, d_gate, d_up, width = grads[0].contiguous(), torch.empty_like(gate), torch.empty_like(up), gate.shape[-1]
+        at = grad.data_ptr(), gate.data_ptr(), up.data_ptr(), d_gate.data_ptr(), d_up.data_ptr()
+        kernels.gate_back(*at, (gate.numel() // width, width), _STORED[gate.dtype])
+        return d_gate, d_up
+
+
+def _stride(x: Tensor, inner: int) -> int | None:
+    """Distance between rows, all axes but the last `inner` being rows; None where they are not evenly spaced."""
+    outer = [(size, step) for size, step in zip(x.shape[:-inner], x.stride(), strict=False) if size > 1]
+    if any(step != size * after for (_, step), (size, after) in itertools.pairwise(outer)):
+        return None
+    return outer[-1][1] if outer else x.shape[-inner:].numel()
+
+
+def _gated(gate: Tensor, up: Tensor) -> Tensor:
+    width, stride = gate.shape[-1], _stride(gate, 1)
+    if stride is None or stride != _stride(up, 1) or gate.stride(-1) != 1 or up.stride(-1) != 1:
+        gate, up, stride = gate.contiguous(), up.contiguous(), width
+    out = torch.empty(gate.shape, dtype=gate.dtype)
+    shape = gate.numel() // width, width
+    kernels.gate(gate.data_ptr(), up.data_ptr(), out.data_ptr(), stride, shape, _STORED[gate.dtype])
+    return out
+
+
+def silu_gate(gate: Float[Tensor, "*batch d_mlp"], up: Float[Tensor, "*batch d_mlp"]) -> Float[Tensor, "*batch d_mlp"]:
+    """silu(gate) · up, differentiable in both."""
+    if _wants_gradient(gate, up):
+        return _Gate.apply(gate.contiguous(), up.contiguous())  # type: ignore[return-value]
+    return _gated(gate, up)
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return _rotated(grads[0], *ctx.saved_tensors, -1), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    """x (batch, head, pos, d) is a transposed (batch, pos, head, d) more often than not, and so is what is returned."""
+    batch, heads, length, d = x.shape
+    by_row = x.transpose(1, 2)
+    stride = _stride(by_row, 2)
+    if stride is None or by_row.stride()[2:] != (d, 1):
+        by_row, stride = by_row.contiguous(), heads * d
+    out = torch.empty(batch, length, heads, d, dtype=x.dtype)
+    at = by_row.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr()
+    kernels.rotate(*at, stride, (batch * length, heads, d), cos.shape[-1], _EXACT[x.dtype](sign), _STORED[x.dtype])
+    return out.transpose(1, 2)
+
+
+def rotate(
+    query: Float[Tensor, "batch head pos d_head"],
+    key: Float[Tensor, "batch kv_head pos d_head"],
+    cos: Float[Tensor, "one_or_batch pos d_rotary"],
+    sin: Float[Tensor, "one_or_batch pos d_rotary"],
+    unsqueeze_dim: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """Rotary embedding of the first d_rotary numbers of every head, in the form of transformers' function."""
+    assert unsqueeze_dim == 1
+    batch = query.shape[0]
+    cos, sin = (t.to(query.dtype).expand(batch, -1, -1).contiguous() for t in (cos, sin))
+    if _wants_gradient(query, key):
+        return _Rotation.apply(query, cos, sin), _Rotation.apply(key, cos, sin)  # type: ignore[return-value]
+    return _rotated(query, cos, sin, 1), _rotated(key, cos, sin, 1)
+
+
+def attend(
+    query: Float[Tensor, "row head one d"],
+    key: Float[Tensor, "row kv_head one d"],
+    value: Float[Tensor, "row kv_head one d_value"],
+    prompt: tuple[Float[Tensor, "unit kv_head slot d"], Float[Tensor, "unit kv_head slot d_value"]],
+    own: tuple[Float[Tensor, "place kv_head own_slot d"], Float[Tensor, "place kv_head own_slot d_value"]],
+    index: tuple[Int[Tensor, " row"], Int[Tensor, " row"], Int[Tensor, " unit"]],
+    filled: int,
+    scale: float,
+    softcap: float | None,
+    window: int | None,
+    scratch: Tensor,
+) -> Float[Tensor, "row head one d_value"]:
+    """Attention of one new token per row; its key and value become slot `filled` − 1 of the row's own.
+
+    prompt: keys and values of each unit, own: of each place, in the dtype that is computed in. index: unit of each row,
+    place of each row, tokens of each unit. window: keys seen, None for all. scratch: `scratch_size` numbers or more.
+    """
+    (rows, heads, _, d), d_value, dtype = query.shape, value.shape[3], query.dtype
+    strides = tuple(_stride(x, 3) if x.stride(3) == 1 and x.stride(1) == x.shape[3] else None for x in (key, value))
+    if None in strides:
+        key, value, strides = key.contiguous(), value.contiguous(), (key[0].numel(), value[0].numel())
+    query, exact = query.contiguous(), _EXACT[dtype]
+    out = torch.empty(rows, heads, 1, d_value, dtype=dtype)
+    n_scores = rows * heads * (prompt[0].shape[2] + own[0].shape[2])
+    room = 0, n_scores, n_scores + rows * heads * d
+    (units, n_kv, prompt_slots, _), (places, _, own_slots, _) = prompt[0].shape, own[0].shape
+    kernels.attend(
+        tuple(x.data_ptr() for x in (query, key, value, out)),
+        strides,
+        (prompt[0].data_ptr(), prompt[1].data_ptr()),
+        (own[0].data_ptr(), own[1].data_ptr()),
+        tuple(x.data_ptr() for x in index),
+        (rows, heads, n_kv, d, d_value, units, prompt_slots, places, own_slots, filled),
+        exact(scale),
+        exact(softcap or 0),
+        window or 0,
+        kernels.n_threads(),
+        tuple(scratch.data_ptr() + at * scratch.element_size() for at in room),
+        _STORED[dtype],
+    )
+    return out
+
+
+def scratch_size(rows: int, heads: int, slots: int, d: int, d_value: int) -> int:
+    """Numbers that `attend` needs room for; slots: of a prompt and of a row's own together."""
+    return rows * heads * (slots + d + d_value)
