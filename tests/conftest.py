@@ -8,13 +8,23 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, hence before everything else
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from pathlib import Path
+
 from jaxtyping import install_import_hook
 
-install_import_hook("steerlab", "beartype.beartype")
+ROOT = Path(__file__).parent.parent
+COMPILED = ("__init__", "kernels")  # the hook takes whole packages; numba cannot compile what it wraps
+install_import_hook(
+    [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in sorted((ROOT / "steerlab").rglob("*.py"))
+        if path.stem not in COMPILED
+    ],
+    "beartype.beartype",
+)
 
 import socket
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest

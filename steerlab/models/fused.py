@@ -67,7 +67,8 @@ def _norms(backbone: nn.Module) -> list[tuple[nn.Module, Forward]]:
     offsets: dict[type, float | None] = {}
     for module in backbone.modules():
         eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-        if isinstance(eps, float) and isinstance(getattr(module, "weight", None), Tensor):
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        if isinstance(eps, float) and isinstance(weight, Tensor) and bias is None:
             if type(module) not in offsets:
                 offsets[type(module)] = _offset(module, eps)
             offset = offsets[type(module)]
