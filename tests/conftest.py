@@ -13,12 +13,13 @@ from pathlib import Path
 from jaxtyping import install_import_hook
 
 ROOT = Path(__file__).parent.parent
-COMPILED = ("__init__", "kernels")  # the hook takes whole packages; numba cannot compile what it wraps
+# The hook takes whole packages; numba cannot compile what it wraps, and runs measure how fast operators are.
+LEFT_OUT = ("__init__", "kernels", "operators")
 install_import_hook(
     [
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for path in sorted((ROOT / "steerlab").rglob("*.py"))
-        if path.stem not in COMPILED
+        if path.stem not in LEFT_OUT
     ],
     "beartype.beartype",
 )

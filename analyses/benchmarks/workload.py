@@ -197,7 +197,7 @@ class Peaks:
     def stop(self) -> dict[str, int]:
         """After the step: those fields of StepInfo."""
         peak, update_base = peak_memory(), self.update_base
-        update_peak, self.first = peak if update_base else 0, False
+        update_peak, self.first = max(peak, update_base) if update_base else 0, False
         return {
             "base_bytes": self.base,
             "peak_bytes": max(peak, self.rollout_peak),

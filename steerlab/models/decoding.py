@@ -189,7 +189,7 @@ class ByRow:
             like = prompt.key
             own = self.own[layer] = like.new_empty(*shape, key.shape[3]), like.new_empty(*shape, value.shape[3])
         slots = prompt.key.shape[2] + self.capacity
-        needed = operators.scratch_size(*query.shape[:2], slots, key.shape[3], value.shape[3])
+        needed = operators.scratch_size(query.shape[0], query.shape[1], slots, key.shape[3], value.shape[3])
         if len(self.scratch) < needed:
             self.scratch = prompt.key.new_empty(needed)
         index = self.unit[layer], self.place, self.lengths[layer]

@@ -27,10 +27,10 @@ def tune(model: LanguageModel, processes: int = 1) -> dict[str, str]:
     return found
 
 
-def use(model: LanguageModel, settled: Mapping[str, Any]) -> None:
+def use(model: LanguageModel, before: Mapping[str, Any]) -> None:
     """Put in force what was settled before; what is not named is as the family does it. Raises UsageError if this
     machine cannot."""
-    settled = PLAIN | {name: settled[name] for name in PLAIN if name in settled}
+    settled: dict[str, Any] = PLAIN | {name: before[name] for name in PLAIN if name in before}
     cannot = [
         name
         for name, able in (("products", packed.able), ("kernels", fused.able))

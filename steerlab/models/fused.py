@@ -114,13 +114,11 @@ def _is_rotation(function: Any) -> bool:
 
     if function is None:
         return False
-    query, key, table = torch.linspace(-1, 1, 2 * 3 * 8 + 3 * 8 + 3 * 4).split([48, 24, 12])
-    given = (
-        query.view(1, 2, 3, 8),
-        key.view(1, 1, 3, 8),
-        *[t.view(1, 3, 4).repeat(1, 1, 2) for t in (table, -2 * table)],
-    )
-    return all(torch.allclose(a, b, atol=1e-6) for a, b in zip(function(*given), rotate(*given), strict=True))
+    numbers = torch.linspace(-1, 1, 2 * 3 * 8 + 3 * 8 + 3 * 4)
+    query, key, cos = numbers[:48].view(1, 2, 3, 8), numbers[48:72].view(1, 1, 3, 8), numbers[72:].view(1, 3, 4)
+    cos = cos.repeat(1, 1, 2)
+    own, kernel = function(query, key, cos, -2 * cos), rotate(query, key, cos, -2 * cos)
+    return all(torch.allclose(a, b, atol=1e-6) for a, b in zip(own, kernel, strict=True))
 
 
 def able(model: LanguageModel) -> bool:

@@ -16,18 +16,21 @@ import math
 import sys
 from typing import Any
 
-import numba
+import numba as compiler
+import numba.extending
 import numpy as np
 import torch
-from numba import carray, njit, prange, types
-from numba.extending import intrinsic, overload
+
+numba: Any = compiler  # to a type checker, what it compiles is not what it is called with
+carray, njit, prange, types = numba.carray, numba.njit, numba.prange, numba.types
+intrinsic, overload = numba.extending.intrinsic, numba.extending.overload
 
 if sys.platform == "linux":  # one pool of threads: numba's own would take the cores from torch's, which spin
     numba.config.THREADING_LAYER = "omp"
 
 _MATH = {"contract", "nsz", "arcp", "reassoc"}
-_serial = njit(fastmath=_MATH, inline="always", cache=True)
-_parallel = njit(fastmath=_MATH, parallel=True, nogil=True, cache=True)
+_serial = njit(fastmath=_MATH, error_model="numpy", inline="always", cache=True)
+_parallel = njit(fastmath=_MATH, error_model="numpy", parallel=True, nogil=True, cache=True)
 
 
 def _wide(x: Any) -> Any:
@@ -322,7 +325,9 @@ def attend(
 
 def use_threads() -> None:
     """As many threads as torch uses; for the calling thread, until told otherwise."""
-    numba.set_num_threads(min(torch.get_num_threads(), numba.config.NUMBA_NUM_THREADS))
+    wanted = torch.get_num_threads()
+    numba.set_num_threads(min(wanted, numba.config.NUMBA_NUM_THREADS))
+    torch.set_num_threads(wanted)  # numba, when it starts its threads, sets OpenMP's number, which is torch's too
 
 
 def n_threads() -> int:

@@ -65,7 +65,8 @@ def nucleus(probs: Float[Tensor, "row d_vocab"], top_p: float) -> Float[Tensor, 
 def inverse_cdf(weights: Float[Tensor, "row d_vocab"], uniform: Float64[Tensor, " row"]) -> Int[Tensor, " row"]:
     """The index where the cumulative weight, as a share of its total, first exceeds `uniform`."""
     rows, vocabulary = weights.shape
-    blocks = torch.nn.functional.pad(weights, (0, -vocabulary % BLOCK)).view(rows, -1, BLOCK)
+    missing = -vocabulary % BLOCK
+    blocks = (torch.nn.functional.pad(weights, (0, missing)) if missing else weights).view(rows, -1, BLOCK)
     ends = blocks.sum(-1).double().cumsum(-1)
     target = (uniform * ends[:, -1])[:, None]
     block = torch.searchsorted(ends, target, right=True).clamp_(max=ends.shape[1] - 1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -12,7 +14,7 @@ from torch import Tensor
 from steerlab.adapters import Steering
 from steerlab.batches import RolloutBatch
 from steerlab.errors import UsageError
-from steerlab.models import LanguageModel, Site, engine, fused, kernels, operators, tiny
+from steerlab.models import LanguageModel, Site, engine, fused, operators, tiny
 from steerlab.models.attention import Rule
 from steerlab.models.decoding import ByRow, Decoding, Sharing, UnitKeys
 from steerlab.rollouts import Policy, Rows, Sampling
@@ -216,6 +218,11 @@ def test_slower_kernels_are_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fused.measured_choice(tiny.model("llama")) == "family"
 
 
-def test_as_many_threads_as_torch() -> None:
-    kernels.use_threads()
-    assert kernels.n_threads() == torch.get_num_threads()
+def test_as_many_threads_as_torch_which_keeps_its_own() -> None:
+    """In a process of its own: numba sets OpenMP's number of threads when it starts."""
+    words = (
+        "import torch; torch.set_num_threads(1); from steerlab.models import kernels, operators; kernels.use_threads()"
+    )
+    words += "; operators.rms_norm(torch.ones(3, 8), torch.ones(8), 1e-6); print(kernels.n_threads(), torch.get_num_threads())"
+    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "1"]

@@ -208,7 +208,7 @@ def test_a_run_begun_packed_is_refused_where_it_cannot_be_done(
     run.update(engine={"token_budget": 64, "processes": 1, "products": "packed"})
     trainer = Trainer(experiment, Policy(tiny_llama_fp64, experiment.adapter.init(tiny_llama_fp64)), run)
     try:
-        with pytest.raises(UsageError, match=r"packed matrix products.*choose a new folder"):
+        with pytest.raises(UsageError, match=r"packed products.*choose a new folder"):
             trainer.begin()
     finally:
         tiny_llama_fp64.products = "plain"

@@ -79,12 +79,12 @@ def alone(script: ModuleType, folder: Path) -> Run:
     return execute(script.experiment(folder), folder / "alone")
 
 
-def same_vectors(one: Run, other: Run) -> None:
+def same_vectors(one: Run, other: Run, within: float = 1e-6) -> None:
     expected, found = load_file(one.vectors_path), load_file(other.vectors_path)
     assert expected.keys() == found.keys()
     for name, vector in expected.items():
         assert vector.any()
-        assert float((found[name] - vector).norm() / vector.norm()) < 1e-6, name
+        assert float((found[name] - vector).norm() / vector.norm()) < within, name
 
 
 @pytest.mark.slow
@@ -120,7 +120,7 @@ def test_weights_in_pieces_are_the_weights(folder: Path, alone: Run, tiny_llama:
     assert [end.get("status", end) for end in ended] == ["done", "done"]
     all_weights = sum(p.numel() for block in tiny_llama.blocks for p in block.parameters())
     assert sum(int(str(end["held"])) for end in ended) == all_weights
-    same_vectors(alone, together)
+    same_vectors(alone, together, within=1e-5)  # weights in pieces have no kernels, which round otherwise
     assert alone.rollouts().to_dict("records") == together.rollouts().to_dict("records")
     assert alone.table("scores").equals(together.table("scores"))
 
