@@ -220,9 +220,11 @@ def test_slower_kernels_are_not_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_as_many_threads_as_torch_which_keeps_its_own() -> None:
     """In a process of its own: numba sets OpenMP's number of threads when it starts."""
-    words = (
-        "import torch; torch.set_num_threads(1); from steerlab.models import kernels, operators; kernels.use_threads()"
-    )
-    words += "; operators.rms_norm(torch.ones(3, 8), torch.ones(8), 1e-6); print(kernels.n_threads(), torch.get_num_threads())"
-    done = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
+    words = [
+        "import torch; torch.set_num_threads(1)",
+        "from steerlab.models import kernels, operators; kernels.use_threads()",
+        "operators.rms_norm(torch.ones(3, 8), torch.ones(8), 1e-6)",
+        "print(kernels.n_threads(), torch.get_num_threads())",
+    ]
+    done = subprocess.run([sys.executable, "-c", "\n".join(words)], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1", "1"]
