@@ -48,11 +48,11 @@ def layers(console: Console, found: pd.DataFrame, compared: pd.DataFrame) -> Non
     sampled = found.assign(condition=found["layer"].astype(str), seed=found["seed"].astype(str))
     for row in pd.concat([compared.assign(seed=""), sampled]).to_dict("records"):
         if str(row["metric"]).startswith("avg@"):
-            interval = f"{row['low']:.3f} to {row['high']:.3f}"
+            failed = row["value"] != row["value"]  # a run without a score
+            interval = "" if failed else f"{row['low']:.3f} to {row['high']:.3f}"
+            value = "failed" if failed else f"{row['value']:.3f}"
             sizes = (str(row[name]) for name in ("n_problems", "n_samples"))
-            table.add_row(
-                words(str(row["condition"])), str(row["seed"]), row["metric"], f"{row['value']:.3f}", interval, *sizes
-            )
+            table.add_row(words(str(row["condition"])), str(row["seed"]), row["metric"], value, interval, *sizes)
     console.print(table)
 
 

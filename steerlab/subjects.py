@@ -102,6 +102,7 @@ def answer_about(
     elif evaluation.split != "test":
         label += f"-{evaluation.split}"
     reporter.stage(f"evaluating {', '.join(conditions)} on {len(evaluation.problems(asked))} problems")
+    about.model.tune()
     completions, scores = answer(about.model, asked, evaluation, conditions, reporter, seeds)
     written: list[Path] = []
     if run is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -275,6 +276,8 @@ def test_the_figure_of_one_and_of_several_seeds() -> None:
     assert list(band.y) == pytest.approx([0.02, 0.12, 0.22, 0.2, 0.1, 0.0])
     one = plot_layers.layers(pd.DataFrame(rows[::2]))
     assert list(one.data[0].y) == [0.9] * 3 + [0.0] * 3
+    failed = {**rows[0], "layer": 3, "value": math.nan, "low": math.nan, "high": math.nan}
+    assert list(plot_layers.layers(pd.DataFrame([*rows[::2], failed])).data[0].y) == list(one.data[0].y)
     with pytest.raises(UsageError, match="not a 'layers' table"):
         plot_layers.layers(pd.DataFrame({"layer": [1]}))
 

@@ -16,7 +16,7 @@ def layers(df: pd.DataFrame, compared: pd.DataFrame | None = None, metric: str =
     kind that is drawn, avg or pass; of the conditions that have it.
     """
     tables.check(df, "layers")
-    drawn = df.loc[df["metric"].str.startswith(f"{metric}@")]
+    drawn = df.loc[df["metric"].str.startswith(f"{metric}@")].dropna(subset=["value"])  # a failed run has no value
     seeds = sorted(set(drawn["seed"]))
     frame = drawn.groupby("layer", as_index=False).agg(
         value=("value", "mean"), low=("low", "min"), high=("high", "max"), least=("value", "min"), most=("value", "max")
