@@ -60,7 +60,7 @@ def rms_norm(
     x: Float[Tensor, "*batch width"], weight: Float[Tensor, " width"], eps: float, offset: float = 0.0
 ) -> Float[Tensor, "*batch width"]:
     """x / √(mean x² + eps) · (weight + offset), differentiable in x. offset: 1 in Gemma's norms."""
-    x = x.contiguous()
+    x, weight = x.contiguous(), weight.to(x.dtype)
     if _wants_gradient(x):
         return _RMSNorm.apply(x, weight, eps, offset)  # type: ignore[return-value]
     return _normalised(x, weight, eps, offset)[0]
