@@ -333,3 +333,6 @@ def use_threads() -> None:
 def n_threads() -> int:
     """As told by `use_threads`."""
     return numba.get_num_threads()
+
+
+use_threads()  # numba starts its threads here, before anything is computed: see there

@@ -222,7 +222,7 @@ def test_as_many_threads_as_torch_which_keeps_its_own() -> None:
     """In a process of its own: numba sets OpenMP's number of threads when it starts."""
     words = [
         "import torch; torch.set_num_threads(1)",
-        "from steerlab.models import kernels, operators; kernels.use_threads()",
+        "from steerlab.models import kernels, operators",
         "operators.rms_norm(torch.ones(3, 8), torch.ones(8), 1e-6)",
         "print(kernels.n_threads(), torch.get_num_threads())",
     ]
