@@ -7,7 +7,8 @@ in at least fp32 and rounded once, where transformers rounds after each operator
 
 Kernels take addresses and shapes, which costs a call a tenth of what arrays cost: `operators.py` calls them with
 tensors. bf16 numbers are 16-bit integers here, the upper halves of fp32 ones. like: a number of the stored type; other
-scalars are of the type that is computed in. Sums may be reordered; NaN stays NaN.
+scalars are of the type that is computed in. Sums may be reordered; NaN stays NaN. Results are written in inner loops:
+what a `prange` body writes at its very end to an array made from an address seems to be taken for dead by numba.
 """
 
 from __future__ import annotations

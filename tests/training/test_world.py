@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from steerlab.errors import RunFailed, UsageError
 from steerlab.execute import execute, resume
-from steerlab.models import LanguageModel
+from steerlab.models import LanguageModel, fused
 from steerlab.runs import Run
 from steerlab.tasks.controls import RandomReward
 from steerlab.training.world import ALONE, World
@@ -33,9 +33,9 @@ def script() -> Iterator[ModuleType]:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    original = module.judge_one_by_one()
+    judge, measure = module.judge_one_by_one(), module.fused_without_measuring()
     yield module
-    RandomReward.judge = original
+    RandomReward.judge, fused.measured_choice = judge, measure
 
 
 @pytest.fixture(scope="module")
