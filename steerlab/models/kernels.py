@@ -34,24 +34,21 @@ _serial = njit(fastmath=_MATH, error_model="numpy", inline="always", cache=True)
 _parallel = njit(fastmath=_MATH, error_model="numpy", parallel=True, nogil=True, cache=True)
 
 
+# Names for compiled code only: what each does there, by the type that it is given, stands in the overloads below.
 def _wide(x: Any) -> Any:
     """A number as it is computed with."""
-    raise NotImplementedError
 
 
 def _narrow(x: Any, like: Any) -> Any:
     """A computed number in the type of `like`, to nearest even."""
-    raise NotImplementedError
 
 
 def _exp(x: Any) -> Any:
     """e^x for x ≤ 88; below −87 as at −87."""
-    raise NotImplementedError
 
 
 def _as(x: Any, like: Any) -> Any:
     """A whole number in the type of `like` (numba makes float32 × int64 a float64)."""
-    raise NotImplementedError
 
 
 @overload(_as, inline="always")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import html
 import unicodedata
+from collections.abc import Iterable
+from typing import Any
 
 import plotly.graph_objects as go
 
@@ -65,6 +67,21 @@ def figure(title: str, *, height: int) -> go.Figure:
     """An empty figure in the house style; `height` in CSS pixels, width follows the page."""
     made = go.Figure()
     return made.update_layout(template=HOUSE, title_text=label(title), height=height)
+
+
+def band(x: Iterable[Any], low: Iterable[Any], high: Iterable[Any], colour: str) -> dict[str, Any]:
+    """What `add_scatter` needs for a pale band from `low` to `high`; `colour` as `#rrggbb`."""
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    there, upper, lower = list(x), list(high), list(low)
+    return {
+        "x": [*there, *reversed(there)],
+        "y": [*upper, *reversed(lower)],
+        "fill": "toself",
+        "fillcolor": f"rgba({red},{green},{blue},0.18)",
+        "line": {"width": 0},
+        "hoverinfo": "skip",
+        "showlegend": False,
+    }
 
 
 def condition_colour(condition: str) -> str:

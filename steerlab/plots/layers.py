@@ -6,7 +6,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from steerlab import tables
-from steerlab.plots.house import COLOURS, condition_colour, figure, label, words
+from steerlab.plots.house import COLOURS, band, condition_colour, figure, label, words
 
 
 def layers(df: pd.DataFrame, compared: pd.DataFrame | None = None, metric: str = "avg") -> go.Figure:
@@ -25,16 +25,7 @@ def layers(df: pd.DataFrame, compared: pd.DataFrame | None = None, metric: str =
     made = figure("Score by layer of the only vector", height=430)
     meaning = "95 % interval" if len(seeds) < 2 else f"mean of {len(seeds)} seeds; band: lowest to highest"
     colour = condition_colour("steered")
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    made.add_scatter(
-        x=[*frame["layer"], *reversed(list(frame["layer"]))],
-        y=[*high, *reversed(list(low))],
-        fill="toself",
-        fillcolor=f"rgba({red},{green},{blue},0.18)",
-        line={"width": 0},
-        hoverinfo="skip",
-        showlegend=False,
-    )
+    made.add_scatter(**band(frame["layer"], low, high, colour))
     made.add_scatter(
         x=frame["layer"],
         y=frame["value"],

@@ -7,7 +7,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from steerlab import tables
-from steerlab.plots.house import COLOURS, HOUSE, label
+from steerlab.plots.house import COLOURS, HOUSE, band, label
 
 _MOVING_SPAN = 10
 
@@ -72,18 +72,7 @@ def _one_seed(made: go.Figure, part: pd.DataFrame, name: str, colour: str) -> No
 def _several_seeds(made: go.Figure, part: pd.DataFrame, name: str, colour: str) -> None:
     wide = part.pivot_table(index="step", columns="seed", values="reward").ewm(span=_MOVING_SPAN).mean()
     low, high, steps = wide.min(axis=1), wide.max(axis=1), wide.index
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    made.add_scatter(
-        x=[*steps, *reversed(steps)],
-        y=[*high, *reversed(list(low))],
-        fill="toself",
-        fillcolor=f"rgba({red},{green},{blue},0.18)",
-        line={"width": 0},
-        hoverinfo="skip",
-        showlegend=False,
-        row=1,
-        col=1,
-    )
+    made.add_scatter(**band(steps, low, high, colour), row=1, col=1)
     made.add_scatter(
         x=steps,
         y=wide.mean(axis=1),
