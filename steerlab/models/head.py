@@ -25,6 +25,7 @@ class _TokenLogprobs(torch.autograd.Function):
         bias: Tensor | None,
         temperature: float,
         softcap: float | None,
+        fused: bool,
     ) -> Tensor:
         exact = torch.promote_types(hidden.dtype, torch.float32)
         logprobs = hidden.new_empty(len(targets), dtype=exact)
@@ -33,16 +34,12 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, len(targets), CHUNK_TOKENS):
             rows = slice(start, start + CHUNK_TOKENS)
             logits = torch.nn.functional.linear(hidden[rows], weight, bias)
-            if softcap is not None:
-                logits = torch.tanh(logits.to(exact) / softcap) * softcap
-            scaled = logits.to(exact) / temperature if temperature != 1.0 else logits
-            probs = torch.softmax(scaled, -1, dtype=exact)
-            # log Σ exp from the largest entry: one fused pass over the vocabulary, and no logarithm of a tiny number
-            total = scaled.amax(-1).to(exact) - probs.amax(-1).log()
-            target = targets[rows]
-            logprobs[rows] = scaled.gather(-1, target[:, None]).squeeze(-1).to(exact) - total
-            if slopes is not None:
-                slopes[rows] = _slope(probs, target, weight, logits, softcap) / temperature
+            if fused and softcap is None:
+                logprobs[rows], slope = _fused(logits, targets[rows], temperature, needs_grad)
+            else:
+                logprobs[rows], slope = _plain(logits, targets[rows], temperature, softcap, needs_grad)
+            if slopes is not None and slope is not None:
+                slopes[rows] = slope @ weight / temperature
         if slopes is not None:
             ctx.save_for_backward(slopes)
         return logprobs
@@ -50,19 +47,37 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: torch.autograd.function.FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (slopes,) = ctx.saved_tensors  # type: ignore[attr-defined]
-        return (grads[0].to(slopes.dtype)[:, None] * slopes, None, None, None, None, None)
+        return (grads[0].to(slopes.dtype)[:, None] * slopes, None, None, None, None, None, None)
 
 
-def _slope(probs: Tensor, target: Tensor, weight: Tensor, logits: Tensor, softcap: float | None) -> Tensor:
-    """(e_y − softmax) W, through the soft cap where there is one. `probs` is overwritten.
+def _fused(logits: Tensor, target: Tensor, temperature: float, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
+    """As `_plain`, in one kernel that overwrites the logits."""
+    from steerlab.models import operators
 
-    e_y goes in before rounding to the weights' dtype: taken from W[y] afterwards, a confident token's slope would be
-    noise.
+    return operators.logprobs(logits, target, temperature, needs_grad), logits if needs_grad else None
+
+
+def _plain(
+    logits: Tensor, target: Tensor, temperature: float, softcap: float | None, needs_grad: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities of one chunk, and temperature × their derivative with respect to logits before the soft cap.
+
+    e_y − softmax is rounded to the weights' dtype as one number: were W[y] added afterwards, a confident token's slope
+    would be noise.
     """
-    minus = probs.scatter_add_(-1, target[:, None], -torch.ones_like(probs[:, :1]))
+    exact = torch.promote_types(logits.dtype, torch.float32)
+    capped = logits if softcap is None else torch.tanh(logits.to(exact) / softcap) * softcap
+    scaled = capped.to(exact) / temperature if temperature != 1.0 else capped
+    probs = torch.softmax(scaled, -1, dtype=exact)
+    # log Σ exp from the largest entry: one fused pass over the vocabulary, and no logarithm of a tiny number
+    total = scaled.amax(-1).to(exact) - probs.amax(-1).log()
+    logprobs = scaled.gather(-1, target[:, None]).squeeze(-1).to(exact) - total
+    if not needs_grad:
+        return logprobs, None
+    slope = probs.neg_().scatter_add_(-1, target[:, None], torch.ones_like(probs[:, :1]))
     if softcap is not None:
-        minus *= 1 - (logits / softcap) ** 2
-    return -(minus.to(weight.dtype) @ weight)
+        slope *= 1 - (capped / softcap) ** 2
+    return logprobs, slope.to(logits.dtype)
 
 
 def token_logprobs(
@@ -72,6 +87,10 @@ def token_logprobs(
     bias: Float[Tensor, " d_vocab"] | None = None,
     temperature: float = 1.0,
     softcap: float | None = None,
+    fused: bool = False,
 ) -> Float[Tensor, " token"]:
-    """log softmax(logits / temperature)[target] per token, in nats, at least fp32; differentiable in `hidden` only."""
-    return _TokenLogprobs.apply(hidden, targets, weight, bias, temperature, softcap)  # type: ignore[return-value]
+    """log softmax(logits / temperature)[target] per token, in nats, at least fp32; differentiable in `hidden` only.
+
+    fused: by a kernel for CPUs (`fused.able`), where there is no soft cap.
+    """
+    return _TokenLogprobs.apply(hidden, targets, weight, bias, temperature, softcap, fused)  # type: ignore[return-value]

@@ -108,6 +108,34 @@ def _exp_of(x: Any) -> Any:
     return exact if x == types.float64 else exp
 
 
+@_serial
+def _ranked(x: Any) -> Any:
+    """fp32 as whole numbers in the same order, and back; NaN is largest (or, if negative, least)."""
+    bits = np.int32(x)
+    return np.int32(bits ^ np.int32(np.int32(bits >> np.int32(31)) & np.int32(0x7FFFFFFF)))
+
+
+def _largest(row: Any) -> Any:
+    """Of one row, as it is computed with. (Largest whole numbers are found many at a time, largest floats are not.)"""
+
+
+@overload(_largest, inline="always")
+def _largest_of(row: Any) -> Any:
+    def exact(row: Any) -> Any:
+        top = row[0]
+        for j in range(row.shape[0]):
+            top = max(top, row[j])
+        return top
+
+    def single(row: Any) -> Any:
+        top = _ranked(np.float32(_wide(row[0])).view(np.int32))
+        for j in range(row.shape[0]):
+            top = max(top, _ranked(np.float32(_wide(row[j])).view(np.int32)))
+        return np.int32(_ranked(top)).view(np.float32)
+
+    return exact if row.dtype == types.float64 else single
+
+
 @intrinsic
 def _pointer(_context: Any, address: Any, like: Any) -> Any:
     """An integer as a pointer to numbers of the type of `like`."""
@@ -191,15 +219,21 @@ def _rotate_head(x: Any, cos: Any, sin: Any, sign: Any, out: Any, like: Any) -> 
 
 @_parallel
 def rotate(
-    x_at: int, cos_at: int, sin_at: int, out_at: int, stride: int, shape: Any, rotary: int, sign: Any, like: Any
+    x_at: Any, out_at: Any, cos_at: int, sin_at: int, strides: Any, shape: Any, rotary: int, sign: Any, like: Any
 ) -> None:
-    """Rows of x, (head · d), are `stride` apart; out (row, head, d). sign −1 turns back."""
-    rows, heads, d = shape
-    x, out = carray(_pointer(x_at, like), (rows, stride)), carray(_pointer(out_at, like), shape)
+    """Of queries and keys, in this order. Their rows, (head · d), are `strides` apart; out (row, head, d). shape: rows,
+    heads, kv heads, d. sign −1 turns back."""
+    rows, heads, n_kv, d = shape
+    query = carray(_pointer(x_at[0], like), (rows, strides[0]))
+    key = carray(_pointer(x_at[1], like), (rows, strides[1]))
+    turned = carray(_pointer(out_at[0], like), (rows, heads, d))
+    turned_key = carray(_pointer(out_at[1], like), (rows, n_kv, d))
     cos, sin = carray(_pointer(cos_at, like), (rows, rotary)), carray(_pointer(sin_at, like), (rows, rotary))
     for i in prange(rows):
         for h in range(heads):
-            _rotate_head(x[i, h * d : h * d + d], cos[i], sin[i], sign, out[i, h], like)
+            _rotate_head(query[i, h * d : h * d + d], cos[i], sin[i], sign, turned[i, h], like)
+        for h in range(n_kv):
+            _rotate_head(key[i, h * d : h * d + d], cos[i], sin[i], sign, turned_key[i, h], like)
 
 
 @_serial
@@ -230,9 +264,7 @@ def _softmax(scores: Any, n: int, softcap: Any) -> None:
     if softcap > 0:
         for j in range(n):
             scores[j] = math.tanh(scores[j] / softcap) * softcap
-    top = scores[0]
-    for j in range(n):
-        top = max(top, scores[j])
+    top = _largest(scores[:n])
     total = _as(0, top)
     for j in range(n):
         risen = _exp(scores[j] - top)
@@ -319,6 +351,30 @@ def attend(
                 _mix(on_own, own_value[at, k], first_own, filled, total)
                 for j in range(d_value):
                     out[row, k, h, j] = _narrow(total[j], like)
+
+
+@_parallel
+def logprobs(
+    logits_at: int, target_at: int, logprob_at: int, shape: Any, per_temperature: Any, slopes: bool, like: Any
+) -> None:
+    """log softmax(logits / temperature)[target] of every row, (token, d_vocab). slopes: logits become
+    e_target − softmax, rounded once."""
+    logits, target = carray(_pointer(logits_at, like), shape), carray(_pointer(target_at, shape[0]), shape[0])
+    logprob = carray(_pointer(logprob_at, per_temperature), shape[0])
+    for i in prange(shape[0]):
+        row, y = logits[i], target[i]
+        top, total = _largest(row), _as(0, per_temperature)
+        for j in range(shape[1]):
+            total += _exp((_wide(row[j]) - top) * per_temperature)
+        chosen = (_wide(row[y]) - top) * per_temperature
+        if slopes:
+            share = _as(1, total) / total
+            for j in range(shape[1]):
+                row[j] = _narrow(-_exp((_wide(row[j]) - top) * per_temperature) * share, like)
+        for j in range(y, y + 1):
+            logprob[i] = chosen - np.log(total)
+            if slopes:
+                row[j] = _narrow(_as(1, total) - _exp(chosen) / total, like)
 
 
 def use_threads() -> None:

@@ -6,7 +6,6 @@ gradients of weights (models are frozen) and second derivatives.
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import numpy as np
@@ -26,8 +25,8 @@ def working(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _wants_gradient(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+def _wants_gradient(x: Tensor, also: Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or also.requires_grad)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -61,7 +60,7 @@ def rms_norm(
 ) -> Float[Tensor, "*batch width"]:
     """x / √(mean x² + eps) · (weight + offset), differentiable in x. offset: 1 in Gemma's norms."""
     x, weight = x.contiguous(), weight.to(x.dtype)
-    if _wants_gradient(x):
+    if _wants_gradient(x, x):
         return _RMSNorm.apply(x, weight, eps, offset)  # type: ignore[return-value]
     return _normalised(x, weight, eps, offset)[0]
 
@@ -83,10 +82,17 @@ class _Gate(torch.autograd.Function):
 
 def _stride(x: Tensor, inner: int) -> int | None:
     """Distance between rows, all axes but the last `inner` being rows; None where they are not evenly spaced."""
-    outer = [(size, step) for size, step in zip(x.shape[:-inner], x.stride(), strict=False) if size > 1]
-    if any(step != size * after for (_, step), (size, after) in itertools.pairwise(outer)):
-        return None
-    return outer[-1][1] if outer else x.shape[-inner:].numel()
+    sizes, steps = x.shape, x.stride()
+    apart = expected = None
+    for axis in range(x.ndim - inner - 1, -1, -1):
+        if sizes[axis] == 1:
+            continue
+        if expected is None:
+            apart = steps[axis]
+        elif steps[axis] != expected:
+            return None
+        expected = steps[axis] * sizes[axis]
+    return sizes[-inner:].numel() if apart is None else apart
 
 
 def _gated(gate: Tensor, up: Tensor) -> Tensor:
@@ -108,27 +114,49 @@ def silu_gate(gate: Float[Tensor, "*batch d_mlp"], up: Float[Tensor, "*batch d_m
 
 class _Rotation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin, 1)
+        return _rotated(query, key, cos, sin, 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
-        return _rotated(grads[0], cos, sin, -1), None, None
+        return *_rotated(grads[0], grads[1], cos, sin, -1), None, None
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    """x (batch, head, pos, d) is a transposed (batch, pos, head, d) more often than not, and so is what is returned."""
-    batch, heads, length, d = x.shape
+def _by_row(x: Tensor) -> tuple[Tensor, int]:
+    """(batch, head, pos, d), which mostly is a transposed (batch, pos, head, d): that, and how far apart rows are."""
     by_row = x.transpose(1, 2)
     stride = _stride(by_row, 2)
-    if stride is None or by_row.stride()[2:] != (d, 1):
-        by_row, stride = by_row.contiguous(), heads * d
-    out = torch.empty(batch, length, heads, d, dtype=x.dtype)
-    at = by_row.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr()
-    kernels.rotate(*at, stride, (batch * length, heads, d), cos.shape[-1], _EXACT[x.dtype](sign), _STORED[x.dtype])
-    return out.transpose(1, 2)
+    if stride is None or by_row.stride(3) != 1 or by_row.stride(2) != by_row.shape[3]:
+        by_row = by_row.contiguous()
+        stride = by_row.shape[2] * by_row.shape[3]
+    return by_row, stride
+
+
+def _rotated(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, sign: int) -> tuple[Tensor, Tensor]:
+    (rows, stride), (key_rows, key_stride), dtype = _by_row(query), _by_row(key), query.dtype
+    batch, length, heads, d = rows.shape
+    out, key_out = torch.empty(rows.shape, dtype=dtype), torch.empty(key_rows.shape, dtype=dtype)
+    kernels.rotate(
+        (rows.data_ptr(), key_rows.data_ptr()),
+        (out.data_ptr(), key_out.data_ptr()),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        (stride, key_stride),
+        (batch * length, heads, key_rows.shape[2], d),
+        cos.shape[-1],
+        _EXACT[dtype](sign),
+        _STORED[dtype],
+    )
+    return out.transpose(1, 2), key_out.transpose(1, 2)
+
+
+def _angles(x: Tensor, batch: int, dtype: torch.dtype) -> Tensor:
+    """One row per token, in the dtype of what is turned."""
+    if x.shape[0] == batch and x.dtype == dtype and x.is_contiguous():
+        return x
+    return x.to(dtype).expand(batch, -1, -1).contiguous()
 
 
 def rotate(
@@ -140,11 +168,11 @@ def rotate(
 ) -> tuple[Tensor, Tensor]:
     """Rotary embedding of the first d_rotary numbers of every head, in the form of transformers' function."""
     assert unsqueeze_dim == 1
-    batch = query.shape[0]
-    cos, sin = (t.to(query.dtype).expand(batch, -1, -1).contiguous() for t in (cos, sin))
+    batch, dtype = query.shape[0], query.dtype
+    cos, sin = _angles(cos, batch, dtype), _angles(sin, batch, dtype)
     if _wants_gradient(query, key):
-        return _Rotation.apply(query, cos, sin), _Rotation.apply(key, cos, sin)  # type: ignore[return-value]
-    return _rotated(query, cos, sin, 1), _rotated(key, cos, sin, 1)
+        return _Rotation.apply(query, key, cos, sin)  # type: ignore[return-value]
+    return _rotated(query, key, cos, sin, 1)
 
 
 def attend(
@@ -188,6 +216,18 @@ def attend(
         tuple(scratch.data_ptr() + at * scratch.element_size() for at in room),
         _STORED[dtype],
     )
+    return out
+
+
+def logprobs(
+    logits: Float[Tensor, "token d_vocab"], targets: Int[Tensor, " token"], temperature: float, slopes: bool
+) -> Float[Tensor, " token"]:
+    """log softmax(logits / temperature)[target] in one pass. slopes: `logits` are overwritten by its derivative with
+    respect to logits / temperature, e_target − softmax."""
+    targets, dtype = targets.contiguous(), logits.dtype
+    out = torch.empty(len(targets), dtype=working(dtype))
+    at = logits.data_ptr(), targets.data_ptr(), out.data_ptr()
+    kernels.logprobs(*at, tuple(logits.shape), _EXACT[dtype](1 / temperature), slopes, _STORED[dtype])
     return out
 
 

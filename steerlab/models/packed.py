@@ -85,7 +85,7 @@ class _Siblings:
         def forward(x: Tensor) -> Tensor:
             if self.seen is not x:
                 self.seen = x
-                self.parts = dict(enumerate(self.whole(x).split(self.sizes, -1)))
+                self.parts = dict(enumerate(torch.split_with_sizes(self.whole(x), self.sizes, -1)))
             part = self.parts.pop(index)
             if not self.parts:
                 self.seen = None  # nothing outlives the forward pass

@@ -99,5 +99,6 @@ def teacher_forced(model: LanguageModel, attached: Attached | None, batch: Rollo
         head.bias,
         batch.temperature,
         softcap=model.logit_softcap,
+        fused=model.kernels == "fused",
     )
     return torch.zeros(mask.shape, dtype=flat.dtype, device=device).masked_scatter(mask, flat)
