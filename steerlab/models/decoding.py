@@ -7,6 +7,9 @@ company above (`Sharing`). Rows that have ended are dropped without moving a pro
 kernel per layer (`operators.attend`), on a CPU whose model uses kernels: rows there keep their place and share nothing
 but the prompt's memory.
 
+A static `Decoding` does the same operators on the same memory at every step, places not yet written being hidden, and
+asks the device for nothing: a step can be captured (`graphs.py`).
+
 On a CPU a bf16 model's keys and values are held, and attention is computed, in fp32: for products this small it is
 faster, and scores are not rounded.
 """
@@ -50,6 +53,7 @@ class Sharing:
         self.row = torch.zeros(self.n_units * self.width, dtype=torch.long, device=unit.device)
         self.row[self.seat] = torch.arange(len(unit), device=unit.device)
         self.in_order = torch.equal(self.seat, torch.arange(len(self.row), device=unit.device))
+        self.longest = int(self.lengths.max())
         self.padded = bool((self.lengths < lengths.max()).any())
 
     def seated(self, x: Float[Tensor, "row kv_head *axes"]) -> Float[Tensor, "unit kv_head seat *axes"]:
@@ -67,17 +71,24 @@ class Sharing:
 
 
 class Decoding:
-    """prompt: keys of all units, per layer. sharing: per layer (equal objects are shared). capacity: tokens per row."""
+    """prompt: keys of all units, per layer. sharing: per layer (equal objects are shared). capacity: tokens per row.
+    static: see above."""
 
-    def __init__(self, prompt: Sequence[UnitKeys], sharing: Sequence[Sharing], capacity: int) -> None:
+    def __init__(
+        self, prompt: Sequence[UnitKeys], sharing: Sequence[Sharing], capacity: int, static: bool = False
+    ) -> None:
         self.prompt, self.sharing, self.capacity = [_working(keys) for keys in prompt], list(sharing), capacity
         self.own: list[tuple[Tensor, Tensor] | None] = [None] * len(self.prompt)
-        self.filled = 0
+        self.static = static
+        self.at = torch.full((1,), -1, device=self.prompt[0].key.device)  # the place that is written
+        self.filled = capacity if static else 0  # places that a step reads
         self._bias: dict[tuple[int, int | None], Tensor | None] = {}
 
     def advance(self) -> None:
         """The next forward writes the next place."""
-        self.filled += 1
+        self.at += 1
+        if not self.static:
+            self.filled += 1
         self._bias.clear()
 
     def select(self, rows: Int[Tensor, " kept"]) -> None:
@@ -102,10 +113,12 @@ class Decoding:
         if pair is None:
             like = self.prompt[layer].key
             shape = (*key.shape[:3], self.capacity)
-            pair = like.new_empty(*shape, key.shape[3]), like.new_empty(*shape, value.shape[3])
+            # What is hidden must be a number where it is read at all: 0 · NaN is NaN.
+            make = like.new_zeros if self.static else like.new_empty
+            pair = make(*shape, key.shape[3]), make(*shape, value.shape[3])
             self.own[layer] = pair
         for buffer, new in zip(pair, (key, value), strict=True):
-            buffer[:, :, :, self.filled - 1] = new
+            buffer.index_copy_(3, self.at, new.to(buffer.dtype)[:, :, :, None])
         return pair[0][:, :, :, : self.filled], pair[1][:, :, :, : self.filled]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
@@ -143,17 +156,17 @@ class Decoding:
         return self._bias[place]
 
     def _hiding(self, sharing: Sharing, slots: int, window: int | None) -> Tensor | None:
-        longest = int(sharing.lengths.max()) + self.filled
-        if not sharing.padded and (window is None or longest <= window):
+        longest = sharing.longest + self.filled
+        if not self.static and not sharing.padded and (window is None or longest <= window):
             return None
         length = sharing.lengths[:, None]
         device = length.device
-        own = length + torch.arange(self.filled, device=device)
-        at = torch.cat([torch.arange(slots, device=device).expand(len(length), -1), own], 1)
-        hidden = at >= length
-        hidden[:, slots:] = False
+        own, on_prompt = torch.arange(self.filled, device=device), torch.arange(slots, device=device)
+        later = (own > self.at).expand(len(length), -1)
+        hidden = torch.cat([on_prompt >= length, later], 1)
         if window is not None:
-            hidden |= length + self.filled - 1 - at >= window
+            at = torch.cat([on_prompt.expand(len(length), -1), length + own], 1)
+            hidden |= length + self.at - at >= window
         like = self.prompt[0].key
         lowest = torch.finfo(like.dtype).min
         return torch.zeros(hidden.shape, dtype=like.dtype, device=device).masked_fill_(hidden, lowest)[

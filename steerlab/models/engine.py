@@ -1,7 +1,7 @@
 """How a model's arithmetic is done on this machine: which matrix products, and whose norms, gates and attention.
 
-There are two choices, each between what the family does and what is usually faster on a CPU: `products` (packed.py)
-and `kernels` (fused.py). `tune` measures and puts in force; a run keeps what it settled in its manifest and puts
+There are three choices, each between what the family does and what is usually faster: `products` (packed.py) and
+`kernels` (fused.py) on a CPU, `steps` (graphs.py) on a GPU. `tune` measures and puts in force; a run keeps what it settled in its manifest and puts
 that in force again (`use`), so that a resumed run rounds as it did. Both are the same mathematics.
 """
 
@@ -12,17 +12,21 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from steerlab.errors import UsageError
-from steerlab.models import fused, packed
+from steerlab.models import fused, graphs, packed
 
 if TYPE_CHECKING:
     from steerlab.models.handle import LanguageModel
 
-PLAIN = {"products": "plain", "kernels": "family"}
+PLAIN = {"products": "plain", "kernels": "family", "steps": "eager"}
 
 
 def tune(model: LanguageModel, processes: int = 1) -> dict[str, str]:
     """Measure what is faster here, put it in force, and say what it is. processes: how many of this machine do so."""
-    found = {"products": packed.measured_choice(model, processes=processes), "kernels": fused.measured_choice(model)}
+    found = {
+        "products": packed.measured_choice(model, processes=processes),
+        "kernels": fused.measured_choice(model),
+        "steps": graphs.measured_choice(model),
+    }
     use(model, found)
     return found
 
@@ -33,7 +37,7 @@ def use(model: LanguageModel, before: Mapping[str, Any]) -> None:
     settled: dict[str, Any] = PLAIN | {name: before[name] for name in PLAIN if name in before}
     cannot = [
         name
-        for name, able in (("products", packed.able), ("kernels", fused.able))
+        for name, able in (("products", packed.able), ("kernels", fused.able), ("steps", graphs.able))
         if settled[name] != PLAIN[name] and not able(model)
     ]
     if cannot:
@@ -42,7 +46,7 @@ def use(model: LanguageModel, before: Mapping[str, Any]) -> None:
             f"the run was begun with {asked}, which this machine cannot do; go on where it was begun, or choose a new "
             "folder"
         )
-    model.products, model.kernels = settled["products"], settled["kernels"]
+    model.products, model.kernels, model.steps = (settled[name] for name in PLAIN)
     if model.products == "packed":
         packed.packed_copy(model)
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
     from steerlab.models.fused import Fused, Kernels
+    from steerlab.models.graphs import Steps
     from steerlab.models.packed import PackedWeights, Products
 
 _NOT_CONTENT = ("dtype", "torch_dtype", "transformers_version", "_name_or_path", "use_cache", "architectures")
@@ -62,6 +63,7 @@ class LanguageModel:
         self.packed: PackedWeights | None = None
         self.kernels: Kernels = "family"
         self.fused: Fused | None = None
+        self.steps: Steps = "eager"
         check_meaning(hooks.probe(self), self.sizes, self.doors.places)
 
     def __repr__(self) -> str:

@@ -36,8 +36,8 @@ class Prefilled:
     last: dict[Unit, Float[Tensor, " d_model"]] = field(default_factory=dict)
     written: dict[Unit, Float[Tensor, "pos d_model"]] = field(default_factory=dict)
 
-    def plan(self, names: Sequence[Unit], capacity: int, fused: bool) -> Decoding | ByRow:
-        """The plan of rows that continue the units `names`, by kernels if `fused`; empties `keys` layer by layer."""
+    def plan(self, names: Sequence[Unit], capacity: int, model: LanguageModel) -> Decoding | ByRow:
+        """The plan of rows that continue the units `names`, as `model` computes; empties `keys` layer by layer."""
         prompt: list[UnitKeys] = []
         sharing: list[Sharing] = []
         shared: dict[tuple[int, ...], Sharing] = {}
@@ -53,7 +53,9 @@ class Prefilled:
             sharing.append(shared[places])
             prompt.append(_padded(pairs))
             self.keys[layer] = []
-        return (ByRow if fused else Decoding)(prompt, sharing, capacity)
+        if model.kernels == "fused":
+            return ByRow(prompt, sharing, capacity)
+        return Decoding(prompt, sharing, capacity, static=model.steps == "captured")
 
 
 def _padded(pairs: Sequence[tuple[Tensor, Tensor]]) -> UnitKeys:

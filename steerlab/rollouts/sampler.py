@@ -18,7 +18,7 @@ from torch import Tensor
 from steerlab.adapters import Attached, Layout
 from steerlab.batches import Kept
 from steerlab.errors import RunFailed, UsageError
-from steerlab.models import LanguageModel, hooks
+from steerlab.models import LanguageModel, graphs, hooks
 from steerlab.models.forward import planned
 from steerlab.rollouts.prefill import Reader, Unit
 from steerlab.rollouts.sampling import Sampling, draw
@@ -204,7 +204,9 @@ def refuse_non_finite(
 
 
 class _Decoding:
-    """State of one batch while it is being decoded; `alive[i]` is the row that batch row i writes to."""
+    """State of one batch while it is being decoded; `alive[i]` is the row that batch row i writes to. All of it is
+    changed in place while rows stay, so that a step can be captured (`models/graphs.py`).
+    """
 
     def __init__(
         self,
@@ -230,40 +232,51 @@ class _Decoding:
         self.lengths = own.to(device)
         self.running = torch.ones(n, dtype=torch.bool, device=device)
         self.finished = torch.zeros(n, dtype=torch.bool, device=device)
-        self.alive = torch.arange(n, device=device)
+        self.drawn = torch.zeros(1, dtype=torch.long, device=device)  # tokens of every row so far
         prompt_length = torch.tensor([len(prompts[p]) for p, _ in self.names], device=device)
         width = int(prompt_length.max()) + limit
         sequences = torch.tensor(
             [[*prompts[p], *[0] * (width - len(prompts[p]))] for p, _ in self.names], device=device
         )
+        self.alive = torch.arange(n, device=device)
         self.layout = Layout(sequences, prompt_length, self.alive[:, None], prompt_length[:, None])
+        kept = torch.tensor([self.reader.kept(member) for _, member in self.names], device=device)
+        self.written = torch.empty(n, limit, model.d_model, dtype=model.dtype, device=device) if kept.any() else None
+        self.seams = {int(seam): kept == seam for seam in torch.unique(kept) if seam > 0}
+        self.keep_only(self.alive)
+
+    def keep_only(self, rows: Int[Tensor, " row"]) -> None:
+        """`rows` are the batch from now on."""
+        self.alive = rows
+        self.keeping = {
+            seam: partial(self.keep, torch.nonzero(of_seam[rows]).flatten()) for seam, of_seam in self.seams.items()
+        }
 
     def prefill(self) -> Float[Tensor, "row d_model"]:
         """Hidden state of each row's last prompt token; leaves the prompts' keys and values in the plan."""
         self.prompt_states = self.reader.read(sorted(set(self.names)))
-        self.plan = self.prompt_states.plan(self.names, self.sampling.max_new_tokens, self.model.kernels == "fused")
-        seams = torch.tensor([self.reader.kept(member) for _, member in self.names], device=self.model.device)
-        shape = (*self.out_tokens.shape, self.model.d_model)
-        self.written = torch.empty(shape, dtype=self.model.dtype, device=self.model.device) if seams.any() else None
-        self.seams = {int(seam): seams == seam for seam in torch.unique(seams) if seam > 0}
+        self.plan = self.prompt_states.plan(self.names, self.sampling.max_new_tokens, self.model)
         return torch.stack([self.prompt_states.last[name] for name in self.names])
 
     def run(self) -> Completions:
-        hidden, limit = self.prefill(), self.sampling.max_new_tokens
+        self.next_token(self.prefill())
+        repeated = graphs.Captured if self.model.steps == "captured" else graphs.Eager
         look = 1 if self.model.device.type == "cpu" else 8  # asking a GPU how many rows still run makes it wait
-        for t in range(limit):
-            token, logprob = draw(self.model.unembed(hidden), self.noise[self.alive, t], self.sampling)
-            self.record(t, token, logprob)
-            if t + 1 == limit:
-                break
-            if t % look == 0:
+        again: graphs.Repeated | None = None
+        limit = self.sampling.max_new_tokens
+        for t in range(1, limit):
+            if (t - 1) % look == 0:
                 running = self.running[self.alive]
                 n_running = int(running.sum())
                 if n_running == 0:
                     break
-                if len(running) - n_running >= max(1, len(running) // 8):
+                if len(running) - n_running >= max(1, len(running) // repeated.leave):
                     self.compact(torch.nonzero(running).flatten())
-            hidden = self.advance(t)
+                    again = None
+            if again is None:
+                again = (repeated if limit - t >= repeated.least else graphs.Eager)(self.step)
+            else:
+                again()
         width = int(self.lengths.max())
         return Completions(
             self.out_tokens[:, :width].cpu(),
@@ -274,36 +287,43 @@ class _Decoding:
             self.prompt_states.written,
         )
 
-    def record(self, t: int, token: Int[Tensor, " row"], logprob: Float[Tensor, " row"]) -> None:
-        """Write token `t` of the rows still running, and note which of them it ends."""
-        rows, on = self.alive, self.running[self.alive]
+    def compact(self, kept: Int[Tensor, " kept"]) -> None:
+        """Only these batch rows go on."""
+        self.plan.select(kept)
+        self.keep_only(self.alive[kept])
+
+    def step(self) -> None:
+        """Feed every row its last token and draw the next."""
+        self.next_token(self.advance())
+
+    def next_token(self, hidden: Float[Tensor, "row d_model"]) -> None:
+        """The next token of the rows still running, and which of them it ends."""
+        rows, t = self.alive, self.drawn
+        token, logprob = draw(self.model.unembed(hidden), self.noise[rows, t], self.sampling)
+        on = self.running[rows]
         self.out_tokens[rows, t] = torch.where(on, token, 0)
         self.out_logprobs[rows, t] = torch.where(on, logprob, 0)
         stopped = on & torch.isin(token, self.stops)
         self.finished[rows] |= stopped
         self.lengths[rows] = torch.where(stopped, t + 1, self.lengths[rows])
         self.running[rows] = on & ~stopped & (self.lengths[rows] > t + 1)
+        self.drawn += 1
 
-    def compact(self, kept: Int[Tensor, " kept"]) -> None:
-        """Only these batch rows go on."""
-        self.plan.select(kept)
-        self.alive = self.alive[kept]
-
-    def advance(self, t: int) -> Float[Tensor, "row d_model"]:
-        """Feed generated token `t` of every row."""
-        rows, tokens = self.alive, self.out_tokens[self.alive, t][:, None]
-        position = self.layout.prompt_length[rows][:, None] + t
+    def advance(self) -> Float[Tensor, "row d_model"]:
+        """Feed the token of every row that was drawn last."""
+        rows, t = self.alive, self.drawn - 1
+        tokens = self.out_tokens[rows, t][:, None]
+        position = (self.layout.prompt_length[rows] + t)[:, None]
         self.layout.sequences[rows[:, None], position] = tokens
         if self.attached is not None:
             self.attached.place(
                 self.member[rows][:, None], replace(self.layout, sequence=rows[:, None], position=position)
             )
         self.plan.advance()
-        keeping = {seam: partial(self.keep, t, of_seam[rows]) for seam, of_seam in self.seams.items()}
-        with hooks.written(self.model, keeping):
+        with hooks.written(self.model, self.keeping):
             return planned(self.model, self.plan, tokens, position)[:, -1]
 
-    def keep(self, t: int, mine: Tensor, states: Float[Tensor, "row one d_model"]) -> None:
-        """Keep what a block wrote at token `t` for the rows that ask for this block."""
+    def keep(self, mine: Int[Tensor, " mine"], states: Float[Tensor, "row one d_model"]) -> None:
+        """Keep what a block wrote at the token that is fed, for the batch rows `mine`."""
         assert self.written is not None
-        self.written[self.alive[mine], t] = states[mine, 0]
+        self.written[self.alive[mine], self.drawn - 1] = states[mine, 0]
