@@ -181,7 +181,8 @@ class ByRow:
         self.prompt, self.capacity = [_working(keys) for keys in prompt], capacity
         self.own: list[tuple[Tensor, Tensor] | None] = [None] * len(self.prompt)
         self.unit, self.lengths = [s.unit for s in sharing], [s.all_lengths for s in sharing]
-        self.place = torch.arange(len(self.unit[0]))
+        self.places = len(self.unit[0])
+        self.place = torch.arange(self.places)
         self.filled, self.scratch = 0, torch.empty(0)
 
     def advance(self) -> None:
@@ -198,7 +199,7 @@ class ByRow:
 
         prompt, own = self.prompt[layer], self.own[layer]
         if own is None:
-            shape = len(self.place), key.shape[1], self.capacity
+            shape = self.places, key.shape[1], self.capacity  # rows may have left before the first step
             like = prompt.key
             own = self.own[layer] = like.new_empty(*shape, key.shape[3]), like.new_empty(*shape, value.shape[3])
         slots = prompt.key.shape[2] + self.capacity

@@ -106,14 +106,15 @@ def test_nothing_that_is_not_a_number_is_lost() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rule", [Rule(0.3), Rule(0.3, softcap=2.0), Rule(0.3, window=4)])
-def test_rows_attend_as_seats_do(dtype: torch.dtype, rule: Rule) -> None:
+@pytest.mark.parametrize("leave", [0, 5])
+def test_rows_attend_as_seats_do(dtype: torch.dtype, rule: Rule, leave: int) -> None:
     """Prompts of unequal length, query heads that share keys, rows that end: `ByRow` is `Decoding`."""
     prompt = [UnitKeys(randn(3, 2, 7, 8, dtype=dtype, seed=i), randn(3, 2, 7, 8, dtype=dtype, seed=9)) for i in (0, 1)]
     sharing = Sharing(torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([3, 5, 7]))
     plans = [kind(prompt, [sharing, sharing], 9) for kind in (Decoding, ByRow)]
     rows = 6
     for t in range(9):
-        if t == 5:
+        if t == leave:
             for plan in plans:
                 plan.select(torch.tensor([0, 2, 5]))
             rows = 3
@@ -124,6 +125,8 @@ def test_rows_attend_as_seats_do(dtype: torch.dtype, rule: Rule) -> None:
         for layer in (0, 1):
             seats, by_row = (plan.attend(layer, query, key, value, rule) for plan in plans)
             assert_close([by_row], [seats], dtype)
+    room = plans[1].own[0]
+    assert room is not None and len(room[0]) == 6, "rows keep their places, whoever left before the first step"
 
 
 def said(policy: Policy, kernels: fused.Kernels) -> tuple[Tensor, Tensor, list[Tensor]]:
