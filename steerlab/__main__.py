@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from steerlab.arguments import parse, say, summary, task_options, two_columns
+from steerlab.command_line.arguments import parse, say, summary, task_options, two_columns
 from steerlab.errors import RunFailed, UsageError, unknown
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def train(words: list[str]) -> int:
         tell_names([(name, summary(recipe)) for name, recipe in RECIPES.items()])
         tell("\nsteerlab train RECIPE --help shows its options; --plan says first what a run would cost.")
         return 0
-    from steerlab import order
+    from steerlab.command_line import order
 
     wanted = order.read(words)
     if wanted.plan:
@@ -151,15 +151,15 @@ def resume(
     ray: Annotated[str, say("ray")] = "",
 ) -> int:
     """Go on with a run or sweep that was stopped, in its own dtype and threads; a finished one is only shown."""
-    from steerlab import order
+    from steerlab.command_line import order
 
     return carry_out(folder, lambda progress: order.resume(folder, shard, ray or None, progress))
 
 
 def carry_out(folder: str, work: Callable[[Any], Run]) -> int:
     """Do `work` with a progress line, then show what came out. Ctrl-C says how to go on."""
-    from steerlab import show
-    from steerlab.order import is_sweep
+    from steerlab.command_line import show
+    from steerlab.command_line.order import is_sweep
     from steerlab.progress import Progress
 
     with stoppable(folder), Progress(console()) as progress:
@@ -179,7 +179,7 @@ def stoppable(folder: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        from steerlab.order import stopped_where
+        from steerlab.command_line.order import stopped_where
 
         raise Stopped(stopped_where(folder)) from None
 
@@ -206,10 +206,10 @@ def evaluate(
 
     The tables go to the run's folder as scores@TASK and completions@TASK, or to --out.
     """
-    from steerlab import show
+    from steerlab.command_line import show
+    from steerlab.command_line.subjects import answer_about, subject
     from steerlab.progress import Progress
     from steerlab.rollouts import Evaluation, Sampling
-    from steerlab.subjects import answer_about, subject
     from steerlab.tasks import make
 
     if not seeds:
@@ -253,9 +253,10 @@ def generate(
     allow_other_weights: OtherWeights = False,
 ) -> int:
     """Let a steered model answer a prompt, beside the base model if you like."""
-    from steerlab import execute, show
+    from steerlab import execute
+    from steerlab.command_line import show
+    from steerlab.command_line.subjects import subject
     from steerlab.rollouts import Sampling
-    from steerlab.subjects import subject
     from steerlab.tasks import Message, Prompt, encode
 
     if samples < 1:
@@ -283,10 +284,10 @@ def lens(
     allow_other_weights: OtherWeights = False,
 ) -> int:
     """Show which tokens each vector points to and away from in the unembedding (logit lens)."""
-    from steerlab import show
+    from steerlab.command_line import show
+    from steerlab.command_line.subjects import subject
     from steerlab.interp.logit_lens import logit_lens
     from steerlab.runs import atomic_path
-    from steerlab.subjects import subject
 
     if out and Path(out).suffix not in (".csv", ".parquet"):
         raise UsageError(f"{out} is no table; name a .csv or .parquet file")

@@ -28,6 +28,17 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class Slopes:
+    """Derivative of each drawn token's log-probability with respect to the final hidden state that predicts it.
+
+    drawn_under: which numbers the adapter had (see `Policy.numbers`); under others the slopes are of no use.
+    """
+
+    values: Float[Tensor, "row pos d_model"]
+    drawn_under: object
+
+
+@dataclass(frozen=True)
 class RolloutBatch:
     """Completions of a few prompts with their rewards.
 
@@ -40,7 +51,8 @@ class RolloutBatch:
     temperature: what the logits were divided by when sampling.
     advantages: credit of each row; None until an objective has prepared the batch.
     denominator: what the loss sum is divided by, fixed over the whole batch; None until prepared.
-    kept: hidden states from sampling where the update need not begin at the bottom.
+    kept: hidden states from sampling where the update need not begin at the bottom. slopes: of the head, from sampling,
+    where the update need not apply it.
     """
 
     prompts: tuple[tuple[int, ...], ...]
@@ -54,6 +66,7 @@ class RolloutBatch:
     advantages: Float[Tensor, " row"] | None = None
     denominator: float | None = None
     kept: Kept | None = None
+    slopes: Slopes | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -77,6 +90,9 @@ class RolloutBatch:
             tuple(self.kept.prompts[i] for i in used.tolist()),
             self.kept.completions[rows.to(self.kept.completions.device), : max(width - 1, 0)],
         )
+        slopes = self.slopes and Slopes(
+            self.slopes.values[rows.to(self.slopes.values.device), :width], self.slopes.drawn_under
+        )
         return replace(
             self,
             prompts=tuple(self.prompts[i] for i in used.tolist()),
@@ -88,6 +104,7 @@ class RolloutBatch:
             correct=self.correct[rows],
             advantages=None if self.advantages is None else self.advantages[rows],
             kept=kept,
+            slopes=slopes,
         )
 
     def micro_batches(self, token_budget: int) -> Iterator[RolloutBatch]:

@@ -12,11 +12,11 @@ from steerlab import execute
 from steerlab.__main__ import main
 from steerlab.adapters import LoRA
 from steerlab.adapters.formats import load_adapter
+from steerlab.command_line.subjects import subject
 from steerlab.errors import UsageError
 from steerlab.models import load
 from steerlab.recipes import rloo
 from steerlab.runs import Run
-from steerlab.subjects import subject
 from steerlab.tasks import make
 from steerlab.training import Experiment, StepDone
 

@@ -84,7 +84,7 @@ class ForcedSource:
         from steerlab.training.sources import Drawn, tally
 
         mine = replace(self.work, groups=tuple(self.world.share(self.work.groups)))
-        batch = batch_of(mine, request.rows, completions, self.policy.adapter.first_block)
+        batch = batch_of(mine, request.rows, completions, self.policy)
         return Drawn(batch, tally(batch, completions.finished))
 
     def next(self, step: int) -> Drawn:

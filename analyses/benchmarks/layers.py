@@ -3,6 +3,8 @@
 Workload W, steering vectors at one layer ℓ or at all, steps in turns (rl_step.py). With F one forward through the L
 blocks and h the head's weights ÷ the blocks', an update whose lowest trained layer is ℓ takes (L−ℓ−1)/L·2F + 2hF:
 nothing runs below block ℓ+1 (the table of DESIGN §7; its 2.53 F for all layers counts block 0 too, here it is 2.47).
+Updates here apply the head themselves, as the table has it; the trainer's use the slopes that sampling has kept, which
+makes every update cheaper by the same amount.
 `predicted` is that, relative to the case `all`, as is the measured update, `share_of_all`; ratio = measured ÷
 predicted. Claim: for every layer the ratio must be within 15 % of 1, and we aim for 10 %; `verdict` says which is met
 (not of `all`, which is the unit). The whole step, predicted as a rollout as measured for `all` plus the predicted
@@ -82,7 +84,7 @@ def measure(model: LanguageModel, work: Workload, options: Options) -> list[Row]
 
     budget, n_layers = budget_for(model), model.n_layers
     chosen = {"all": None, **{f"layer {layer}": (layer,) for layer in options.layers if layer < n_layers}}
-    steps = [make_step(model, work, layers, budget) for layers in chosen.values()]
+    steps = [make_step(model, work, layers, budget, keep_slopes=False) for layers in chosen.values()]
     _, *turns = workload.in_turns(steps, options.repeats)
     measured = dict(zip(chosen, zip(*turns, strict=True), strict=True))
     products = limit.Products(model, work, 0, budget)

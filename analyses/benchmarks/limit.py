@@ -3,8 +3,8 @@
 Needed (DESIGN §7, 2 FLOPs per weight and row; L blocks, update from block b on, where b is the first that a trained
 number changes): every prompt once through all blocks; decode step t with the rows longer than t through all blocks,
 and the head for every drawn token; update: all prompts and all completions but their last tokens forward and backward
-(frozen weights: dX only) through blocks b … L−1, and the head on completion tokens twice (logits, and their way back),
-in the trainer's micro-batches.
+(frozen weights: dX only) through blocks b … L−1, in the trainer's micro-batches, and the head's way back on completion
+tokens once (whoever draws a token has its logits, so nobody needs them again).
 
 The rate: the seconds in which the products of these shapes, dtype and number of rows are done, all of a step's one
 after the other with the model's own weights. That is once through all blocks and the head per decode step, so a weight
@@ -99,7 +99,7 @@ class Products:
         return {
             "prefill": self.prompt_tokens * blocks,
             "decode": sum(self.alive[1:]) * blocks + sum(self.alive) * head,
-            "update": 2 * self.needed * share * blocks + 2 * sum(self.predicted) * head,
+            "update": 2 * self.needed * share * blocks + sum(self.predicted) * head,
         }
 
     @torch.no_grad()
@@ -136,7 +136,6 @@ class Products:
         for rows in self.fed:
             self.through_blocks(rows, _plain, self.first_block)
         for rows in self.predicted:
-            linear(self.inputs[self.model.d_model][:rows], head)
             self.inputs[self.model.d_vocab][:rows] @ head
         for rows in self.fed:
             for block in reversed(self.blocks[self.first_block :]):

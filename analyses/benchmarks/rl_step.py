@@ -40,7 +40,7 @@ from steerlab.runs import give_back_memory
 if TYPE_CHECKING:
     from steerlab.batches import RolloutBatch
     from steerlab.models import LanguageModel
-    from steerlab.rollouts import Completions, Rows
+    from steerlab.rollouts import Completions, Policy, Rows
 
 HERE = Path(__file__).parent
 CASES = {"all": None, "middle": (15,), "last": (29,)}
@@ -69,9 +69,11 @@ def make_step(
     layers: tuple[int, ...] | None,
     token_budget: int | None = None,
     adapter: str = "steering",
+    keep_slopes: bool = True,
 ) -> Callable[[], StepInfo]:
     """A function that runs one full step of steerlab on a workload and reports it. Call it once to warm up.
-    token_budget: tokens per micro-batch, None for the trainer's own rule."""
+    token_budget: tokens per micro-batch, None for the trainer's own rule. keep_slopes: as the trainer does; else the
+    update applies the head."""
     from steerlab.adapters import LoRA, Steering
     from steerlab.objectives import PolicyGradient
     from steerlab.rollouts import Policy, Rows, Sampling
@@ -81,7 +83,7 @@ def make_step(
     lora = LoRA(rank=16, alpha=32.0, targets=("q_proj", "v_proj"), layers=layers)  # TRL's default
     policy = Policy(model, (Steering(layers) if adapter == "steering" else lora).init(model))
     objective, updater = PolicyGradient(), AdamW(lr=1e-3).open(policy.adapter.parameters(), 1_000)
-    prompts, first_block = work.prompts, policy.adapter.first_block
+    prompts = work.prompts
     rows = replace(Rows.grid(range(len(prompts)), work.group_size), limit=torch.tensor(work.lengths))
     sampling = Sampling(max_new_tokens=max(work.lengths))
     budget = budget_for(model) if token_budget is None else token_budget
@@ -91,11 +93,12 @@ def make_step(
         peaks.start()
         number, start = next(steps), time.perf_counter()
         with workload.without_end(model, work.eos):
-            done = policy.sample(prompts, rows, sampling, seed=0, step=number, keep=first_block > 0)
+            keep = keep_slopes or policy.adapter.first_block > 0
+            done = policy.sample(prompts, rows, sampling, seed=0, step=number, keep=keep)
         rollout_s = time.perf_counter() - start
         peaks.between()
         start = time.perf_counter()
-        batch = batch_of(work, rows, done, first_block)
+        batch = batch_of(work, rows, done if keep_slopes else replace(done, slopes=None), policy)
         for micro in objective.prepare(batch).micro_batches(budget):
             objective(policy, micro).value.backward()
         updater.update(number)
@@ -113,15 +116,22 @@ def make_step(
     return step
 
 
-def batch_of(work: Workload, rows: Rows, done: Completions, first_block: int) -> RolloutBatch:
+def batch_of(work: Workload, rows: Rows, done: Completions, policy: Policy) -> RolloutBatch:
     """Completions that keep to the workload, with its rewards."""
-    from steerlab.batches import RolloutBatch
+    from steerlab.batches import RolloutBatch, Slopes
 
     assert done.lengths.tolist() == list(work.lengths), "the forced lengths were not kept"
     rewards = torch.tensor(work.rewards)
-    kept = done.kept(first_block, len(work.groups)) if first_block > 0 else None
     return RolloutBatch(
-        work.prompts, rows.prompt, done.tokens, done.lengths, done.logprobs, rewards, rewards > 0, kept=kept
+        work.prompts,
+        rows.prompt,
+        done.tokens,
+        done.lengths,
+        done.logprobs,
+        rewards,
+        rewards > 0,
+        kept=done.kept(policy.adapter.first_block, len(work.groups)),
+        slopes=None if done.slopes is None else Slopes(done.slopes, policy.numbers),
     )
 
 

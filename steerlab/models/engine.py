@@ -1,8 +1,10 @@
-"""How a model's arithmetic is done on this machine: which matrix products, and whose norms, gates and attention.
+"""How a model's arithmetic is done on this machine: which matrix products, whose norms, gates and attention, and how a
+decode step is launched.
 
 There are three choices, each between what the family does and what is usually faster: `products` (packed.py) and
-`kernels` (fused.py) on a CPU, `steps` (graphs.py) on a GPU. `tune` measures and puts in force; a run keeps what it settled in its manifest and puts
-that in force again (`use`), so that a resumed run rounds as it did. Both are the same mathematics.
+`kernels` (fused.py) on a CPU, `steps` (graphs.py) on a GPU. `tune` measures and puts in force; a run keeps what it
+settled in its manifest and puts that in force again (`use`), so that a resumed run rounds as it did. All of them are
+the same mathematics.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -18,7 +19,7 @@ from steerlab.batches import RolloutBatch
 from steerlab.models import LanguageModel, engine
 from steerlab.models.attention import Stream
 from steerlab.models.forward import planned
-from steerlab.models.head import token_logprobs
+from steerlab.models.head import recorded_logprobs, token_logprobs
 from steerlab.rollouts.packing import Packed
 from steerlab.rollouts.sampler import Completions, Prompts, Rows, sample
 from steerlab.rollouts.sampling import Sampling
@@ -48,14 +49,26 @@ class Policy:
                 self.model, attached, prompts, rows, sampling, seed=seed, step=step, max_rows=max_rows, keep=keep
             )
 
+    @property
+    def numbers(self) -> object:
+        """Equal as long as no number of the adapter has been written to."""
+        return () if self.adapter is None else tuple((p.data_ptr(), p._version) for p in self.adapter.parameters())
+
     def logprobs(self, batch: RolloutBatch) -> Float[Tensor, "row pos"]:
-        """Log-probability (nats) of each completion token at the batch's temperature, 0 on padding; has a graph."""
+        """Log-probability (nats) of each completion token at the batch's temperature, 0 on padding; has a graph.
+
+        Where the batch has slopes that were drawn under the adapter's present numbers, the log-probabilities are those
+        that were recorded, and the head is not applied again.
+        """
+        if batch.slopes is not None and batch.slopes.drawn_under != self.numbers:
+            batch = replace(batch, slopes=None)
         with engine.reading(self.model), in_use(self.adapter, self.model) as attached:
             return teacher_forced(self.model, attached, batch)
 
     @torch.no_grad()
     def reference_logprobs(self, batch: RolloutBatch) -> Float[Tensor, "row pos"]:
         """The same under the reference, without a graph: the same model with other vectors."""
+        batch = replace(batch, slopes=None)
         with engine.reading(self.model), in_use(self.reference, self.model) as attached:
             return teacher_forced(self.model, attached, batch)
 
@@ -91,14 +104,17 @@ def teacher_forced(model: LanguageModel, attached: Attached | None, batch: Rollo
         block=0 if kept is None else kept.block,
         written=None if kept is None else packed.gather(kept),
     )
-    head, mask = model.unembedding, batch.mask.to(device)
-    flat = token_logprobs(
-        hidden[0][packed.predicting],
-        batch.completions.to(device)[mask],
-        head.weight,
-        head.bias,
-        batch.temperature,
-        softcap=model.logit_softcap,
-        fused=model.kernels == "fused",
-    )
+    head, mask, predicting = model.unembedding, batch.mask.to(device), hidden[0][packed.predicting]
+    if batch.slopes is not None:
+        flat = recorded_logprobs(predicting, batch.logprobs.to(device)[mask], batch.slopes.values[mask])
+    else:
+        flat = token_logprobs(
+            predicting,
+            batch.completions.to(device)[mask],
+            head.weight,
+            head.bias,
+            batch.temperature,
+            softcap=model.logit_softcap,
+            fused=model.kernels == "fused",
+        )
     return torch.zeros(mask.shape, dtype=flat.dtype, device=device).masked_scatter(mask, flat)

@@ -20,6 +20,7 @@ from steerlab.batches import Kept
 from steerlab.errors import RunFailed, UsageError
 from steerlab.models import LanguageModel, graphs, hooks
 from steerlab.models.forward import planned
+from steerlab.models.head import CHUNK_TOKENS, logit_slopes
 from steerlab.rollouts.prefill import Reader, Unit
 from steerlab.rollouts.sampling import Sampling, draw
 from steerlab.rollouts.streams import uniforms
@@ -62,7 +63,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class Completions:
-    """tokens: padded on the right with 0. lengths: the stop token included. finished: ended by a stop token."""
+    """tokens: padded on the right with 0. lengths: the stop token included. finished: ended by a stop token. written,
+    prompt_written, slopes: what was kept for an update; see `batches`."""
 
     tokens: Int[Tensor, "row pos"]
     lengths: Int[Tensor, " row"]
@@ -70,10 +72,11 @@ class Completions:
     finished: Bool[Tensor, " row"]
     written: Float[Tensor, "row fed d_model"] | None = None
     prompt_written: Mapping[Unit, Float[Tensor, "_ d_model"]] = field(default_factory=dict)
+    slopes: Float[Tensor, "row pos d_model"] | None = None
 
     def kept(self, block: int, prompts: int, member: int = 0) -> Kept | None:
         """What was kept for an update of one member that begins at `block`, prompts in order; None if nothing was."""
-        if self.written is None:
+        if self.written is None or block == 0:
             return None
         return Kept(block, tuple(self.prompt_written[i, member] for i in range(prompts)), self.written)
 
@@ -95,6 +98,7 @@ class Completions:
             torch.cat([p.finished for p in parts]),
             None if parts[0].written is None else stack([p.written for p in parts if p.written is not None], fed),
             {unit: states for p in parts for unit, states in p.prompt_written.items()},
+            None if parts[0].slopes is None else stack([p.slopes for p in parts if p.slopes is not None]),
         )
 
 
@@ -143,8 +147,8 @@ def sample(
     keep: bool = False,
 ) -> Completions:
     """Completions of `rows`, at most `max_rows` at a time. `attached` is the adapter in use, None for the base model.
-    keep: also what each member's last unchanged block wrote. Where memory runs out, half as many rows are decoded at a
-    time from there on.
+    keep: also what each member's last unchanged block wrote, and the head's slopes. Where memory runs out, half as many
+    rows are decoded at a time from there on.
 
     Raises UsageError when a prompt is empty or does not fit the model's context with its completion, or a row may have
     no token; RunFailed when the model's probabilities are not finite or memory does not suffice for one row.
@@ -241,16 +245,20 @@ class _Decoding:
         self.alive = torch.arange(n, device=device)
         self.layout = Layout(sequences, prompt_length, self.alive[:, None], prompt_length[:, None])
         kept = torch.tensor([self.reader.kept(member) for _, member in self.names], device=device)
-        self.written = torch.empty(n, limit, model.d_model, dtype=model.dtype, device=device) if kept.any() else None
+        shape = n, limit, model.d_model
+        self.written = torch.empty(shape, dtype=model.dtype, device=device) if kept.any() else None
+        # What is drawn greedily or from a nucleus teaches nothing; a soft cap would want logits from before it.
+        own = sampling.temperature > 0 and sampling.top_p == 1 and model.logit_softcap is None
+        self.slopes = torch.zeros(shape, dtype=model.dtype, device=device) if keep and own else None
+        self.pending: list[tuple[Tensor, Tensor]] = []
+        self.gathered = model.unembedding.weight.new_empty(CHUNK_TOKENS + n, model.d_vocab) if keep and own else None
         self.seams = {int(seam): kept == seam for seam in torch.unique(kept) if seam > 0}
         self.keep_only(self.alive)
 
     def keep_only(self, rows: Int[Tensor, " row"]) -> None:
         """`rows` are the batch from now on."""
         self.alive = rows
-        self.keeping = {
-            seam: partial(self.keep, torch.nonzero(of_seam[rows]).flatten()) for seam, of_seam in self.seams.items()
-        }
+        self.keeping = {seam: torch.nonzero(of_seam[rows]).flatten() for seam, of_seam in self.seams.items()}
 
     def prefill(self) -> Float[Tensor, "row d_model"]:
         """Hidden state of each row's last prompt token; leaves the prompts' keys and values in the plan."""
@@ -277,6 +285,7 @@ class _Decoding:
                 again = (repeated if limit - t >= repeated.least else graphs.Eager)(self.step)
             else:
                 again()
+        self.project()
         width = int(self.lengths.max())
         return Completions(
             self.out_tokens[:, :width].cpu(),
@@ -285,6 +294,7 @@ class _Decoding:
             self.finished.cpu(),
             None if self.written is None else self.written[:, : max(width - 1, 1)],
             self.prompt_states.written,
+            None if self.slopes is None else self.slopes[:, :width],
         )
 
     def compact(self, kept: Int[Tensor, " kept"]) -> None:
@@ -299,7 +309,10 @@ class _Decoding:
     def next_token(self, hidden: Float[Tensor, "row d_model"]) -> None:
         """The next token of the rows still running, and which of them it ends."""
         rows, t = self.alive, self.drawn
-        token, logprob = draw(self.model.unembed(hidden), self.noise[rows, t], self.sampling)
+        logits = self.model.unembed(hidden)
+        token, logprob = draw(logits, self.noise[rows, t], self.sampling)
+        if self.slopes is not None:
+            self.note_slopes(logits, token)
         on = self.running[rows]
         self.out_tokens[rows, t] = torch.where(on, token, 0)
         self.out_logprobs[rows, t] = torch.where(on, logprob, 0)
@@ -320,8 +333,31 @@ class _Decoding:
                 self.member[rows][:, None], replace(self.layout, sequence=rows[:, None], position=position)
             )
         self.plan.advance()
-        with hooks.written(self.model, self.keeping):
+        keeping = {seam: partial(self.keep, mine) for seam, mine in self.keeping.items()}
+        with hooks.written(self.model, keeping):
             return planned(self.model, self.plan, tokens, position)[:, -1]
+
+    def note_slopes(self, logits: Float[Tensor, "row d_vocab"], token: Int[Tensor, " row"]) -> None:
+        """Have the slopes of the tokens that were just drawn; `logits` may be overwritten. On a CPU many rows are
+        projected at once (torch lays the weights out anew at every product), in a captured step its own."""
+        temperature, fused = self.sampling.temperature, self.model.kernels == "fused"
+        _, slope = logit_slopes(logits, token, temperature, None, fused)
+        assert slope is not None
+        n = sum(len(rows) for rows, _ in self.pending)
+        self.gathered[n : n + len(token)] = slope
+        self.pending.append((self.alive, self.drawn.expand(len(token)).clone()))
+        if self.model.steps == "captured" or n + len(token) >= CHUNK_TOKENS:
+            self.project()
+
+    def project(self) -> None:
+        """Put the slopes that are pending in their places."""
+        if self.slopes is None or not self.pending:
+            return
+        rows, places = (torch.cat(parts) for parts in zip(*self.pending, strict=True))
+        self.slopes[rows, places] = (
+            self.gathered[: len(rows)] @ self.model.unembedding.weight / self.sampling.temperature
+        )
+        self.pending = []
 
     def keep(self, mine: Int[Tensor, " mine"], states: Float[Tensor, "row one d_model"]) -> None:
         """Keep what a block wrote at the token that is fed, for the batch rows `mine`."""

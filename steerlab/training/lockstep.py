@@ -158,8 +158,15 @@ def _part(found: Completions, member: int, mine: slice) -> Completions:
     width = int(lengths.max())
     written = None if found.written is None else found.written[mine, : max(width - 1, 1)]
     prompts = {(prompt, 0): states for (prompt, of), states in found.prompt_written.items() if of == member}
+    slopes = None if found.slopes is None else found.slopes[mine, :width]
     return Completions(
-        found.tokens[mine, :width], lengths, found.logprobs[mine, :width], found.finished[mine], written, prompts
+        found.tokens[mine, :width],
+        lengths,
+        found.logprobs[mine, :width],
+        found.finished[mine],
+        written,
+        prompts,
+        slopes,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from steerlab.batches import RolloutBatch
+from steerlab.batches import RolloutBatch, Slopes
 from steerlab.errors import UsageError
 from steerlab.models import LanguageModel
 from steerlab.rollouts import Completions, Policy, Rows, Sampling
@@ -22,7 +22,7 @@ from steerlab.runs import CostLedger
 from steerlab.tasks import Problem, Task, encode
 from steerlab.training.world import ALONE, World
 
-KEPT_BYTES = 2 << 30  # of hidden states kept from sampling at a time; beyond it the update begins at the bottom
+KEPT_BYTES = 2 << 30  # kept from sampling at a time; beyond it the update begins at the bottom and applies the head
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Request:
     """What is to be sampled in a step: the arguments of `Policy.sample`, and which problem each prompt asks.
 
     prompts, problems: token ids and what they ask, one entry per group. rows: completions wanted, by prompt. keep: also
-    hidden states below the lowest trained layer, for an update that begins there.
+    hidden states below the lowest trained layer, for an update that begins there, and the head's slopes.
     """
 
     problems: tuple[Problem, ...]
@@ -131,8 +131,8 @@ class Rollouts:
 
 
 def keepable(model: LanguageModel, rows: int, sampling: Sampling) -> bool:
-    """Whether one hidden state of every token of so many completions may be kept while they are sampled."""
-    return rows * sampling.max_new_tokens * model.d_model * model.dtype.itemsize <= KEPT_BYTES
+    """Whether a hidden state and a slope of every token of so many completions may be kept while they are sampled."""
+    return 2 * rows * sampling.max_new_tokens * model.d_model * model.dtype.itemsize <= KEPT_BYTES
 
 
 class RolloutSource:
@@ -152,7 +152,7 @@ class RolloutSource:
         check_fit(policy.model, self.encoded, spec.sampling)
         self.first_block = 0 if policy.adapter is None else policy.adapter.first_block
         rows = spec.prompts * spec.samples  # of all processes: a rule for the run
-        self.keeps = self.first_block > 0 and keepable(policy.model, rows, spec.sampling)
+        self.keeps = keepable(policy.model, rows, spec.sampling)
 
     def chosen(self, step: int) -> list[int]:
         """Indices of the problems of a step: consecutive pieces of epochs, each epoch shuffled anew."""
@@ -188,6 +188,7 @@ class RolloutSource:
             judged = self.spec.task.judge(asked, texts)
         rewards = torch.tensor([j.reward for j in judged], dtype=torch.float32)
         correct = torch.tensor([j.correct for j in judged])
+        slopes = completions.slopes if request.keep else None
         batch = RolloutBatch(
             prompts=request.prompts,
             group=rows.prompt,
@@ -198,6 +199,7 @@ class RolloutSource:
             correct=correct,
             temperature=request.sampling.temperature,
             kept=completions.kept(self.first_block, len(request.prompts)) if request.keep else None,
+            slopes=None if slopes is None else Slopes(slopes, self.policy.numbers),
         )
         return Drawn(batch, tally(batch, completions.finished), told(step, asked, rows, texts, rewards, correct))
 

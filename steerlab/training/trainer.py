@@ -239,9 +239,9 @@ class Trainer:
         """`engine`: how this machine does the work, chosen when the run begins and kept in its manifest from then on.
 
         token_budget: tokens per micro-batch. processes: how many began the run; a resume may have any number,
-        which changes the rounding of sums and nothing else. products, kernels: what the leader measures to be faster
-        (`models/engine.py`), also put in force here. like: what another run settled for the same model, of which only
-        the budget is chosen anew. Raises UsageError if this machine cannot do what the run was begun with.
+        which changes the rounding of sums and nothing else. products, kernels, steps: what the leader measures to be
+        faster (`models/engine.py`), also put in force here. like: what another run settled for the same model, of which
+        only the budget is chosen anew. Raises UsageError if this machine cannot do what the run was begun with.
         """
 
         def chosen() -> dict[str, Any]:

@@ -127,7 +127,7 @@ def test_limit(benchmarks: Path, tmp_path: Path) -> None:
     parts = [row["gflop_by_part"] for row in rows]
     assert [1e9 * (part["prefill"] + part["decode"]) for part in parts] == pytest.approx([expected] * 3)
     assert [1e9 * part["update"] for part in parts] == pytest.approx(
-        [2 * 17 * n * per_block + 2 * 13 * head for n in (3, 1, 0)]
+        [2 * 17 * n * per_block + 13 * head for n in (3, 1, 0)]
     )
 
 

@@ -38,8 +38,9 @@ class Recording(TorchDispatchMode):
         assert name not in ASKING, f"{name} asks the device"
         indices = tree_flatten(args[1])[0] if name in ("index", "index_put", "index_put_") else []
         assert not any(t is not None and t.dtype == torch.bool for t in indices), f"{name} by a mask asks the device"
-        written = [a for a, of in zip(args, func._schema.arguments, strict=False) if of.alias_info and of.alias_info.is_write]
-        self.changed += [(t, t.clone()) for t in written]
+        for tensor, of in zip(args, func._schema.arguments, strict=False):
+            if of.alias_info is not None and of.alias_info.is_write:
+                self.changed.append((tensor, tensor.clone()))
         out = func(*args, **(kwargs or {}))
         self.done.append((func, args, kwargs or {}, out))
         return out
@@ -93,6 +94,9 @@ def both(model: LanguageModel, adapter: Any, monkeypatch: pytest.MonkeyPatch, me
     assert torch.equal(eager.tokens, captured.tokens) and torch.equal(eager.lengths, captured.lengths)
     assert torch.equal(eager.finished, captured.finished)
     assert torch.allclose(eager.logprobs, captured.logprobs, rtol=0, atol=1e-9)
+    if eager.slopes is not None:
+        real = torch.arange(eager.slopes.shape[1]) < eager.lengths[:, None]
+        assert torch.allclose(eager.slopes[real], captured.slopes[real], rtol=0, atol=1e-9)
     if eager.written is not None:
         fed = torch.arange(eager.written.shape[1]) < eager.lengths[:, None] - 1
         assert torch.allclose(eager.written[fed], captured.written[fed], rtol=0, atol=1e-9)

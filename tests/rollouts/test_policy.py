@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from steerlab.adapters import Layout, RowBank, Scope, SteeringVectors
-from steerlab.batches import RolloutBatch
+from steerlab.batches import RolloutBatch, Slopes
 from steerlab.models import LanguageModel, Site, tiny
 from steerlab.rollouts import Completions, Policy, Rows, Sampling
 
@@ -228,6 +228,74 @@ def test_shared_prompts_have_the_loss_and_gradients_of_duplicated_ones(family: s
     atol = 1e-8 if family in ("gpt2", "gpt_neo", "gpt_neox") else 1e-5
     for x, y in zip(a_grads, b_grads, strict=True):
         assert torch.allclose(x, y, rtol=0, atol=atol)
+
+
+FAMILIES_WITH_SLOPES = [family for family in tiny.FAMILIES if family != "gemma2"]  # which caps its logits
+
+
+@pytest.mark.parametrize("kernels", ["family", "fused"])
+@pytest.mark.parametrize("max_rows", [256, 4])
+@pytest.mark.parametrize("family", FAMILIES_WITH_SLOPES)
+def test_slopes_from_sampling_are_those_of_the_head(
+    family: str, max_rows: int, kernels: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(family, torch.float64)
+    monkeypatch.setattr(model, "kernels", kernels)
+    policy, rows = Policy(model, drawn(model)), Rows.grid([0, 1, 2], 3)
+    out = policy.sample(PROMPTS, rows, SAMPLING, seed=1, max_rows=max_rows, keep=True)
+    plain = as_batch(PROMPTS, rows, out, SAMPLING.temperature)
+    assert out.slopes is not None and out.slopes.shape == (*out.tokens.shape, model.d_model)
+    credit = torch.randn(out.tokens.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def gradients(batch: RolloutBatch) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        for parameter in policy.adapter.parameters():
+            parameter.grad = None
+        said = policy.logprobs(batch)
+        (said * credit)[batch.mask].sum().backward()
+        return said.detach(), [parameter.grad for parameter in policy.adapter.parameters()]
+
+    wanted, recorded = gradients(plain), gradients(replace(plain, slopes=Slopes(out.slopes, policy.numbers)))
+    assert torch.equal(recorded[0], plain.logprobs)
+    assert torch.allclose(recorded[0], wanted[0], rtol=0, atol=tolerance(family, torch.float64))
+    for ours, theirs in zip(recorded[1], wanted[1], strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-6, atol=tolerance(family, torch.float64))
+
+
+def test_slopes_of_a_selection() -> None:
+    model = tiny_model("llama", torch.float64)
+    policy, rows = Policy(model, drawn(model)), Rows.grid([0, 1, 2], 3)
+    out = policy.sample(PROMPTS, rows, SAMPLING, seed=1, keep=True)
+    batch = replace(as_batch(PROMPTS, rows, out, SAMPLING.temperature), slopes=Slopes(out.slopes, policy.numbers))
+    chosen = torch.tensor([7, 1])
+    part = batch.select(chosen)
+    assert part.slopes is not None and part.slopes.drawn_under == policy.numbers
+    assert torch.equal(part.slopes.values, out.slopes[chosen, : part.completions.shape[1]])
+
+
+def test_slopes_are_of_no_use_after_an_update() -> None:
+    model = tiny_model("llama", torch.float64)
+    policy, rows = Policy(model, drawn(model)), Rows.grid([0, 1, 2], 3)
+    out = policy.sample(PROMPTS, rows, SAMPLING, seed=1, keep=True)
+    plain = as_batch(PROMPTS, rows, out, SAMPLING.temperature)
+    batch = replace(plain, slopes=Slopes(out.slopes, policy.numbers))
+    with torch.no_grad():
+        next(iter(policy.adapter.parameters())).add_(0.5)
+    assert not torch.allclose(policy.logprobs(batch).detach(), batch.logprobs, rtol=0, atol=1e-3)
+    assert torch.equal(policy.logprobs(batch), policy.logprobs(plain))
+    other = Policy(model, policy.adapter, reference=drawn(model, seed=3))
+    assert torch.equal(other.reference_logprobs(batch), other.reference_logprobs(plain))
+
+
+@pytest.mark.parametrize("sampling", [replace(SAMPLING, temperature=0.0), replace(SAMPLING, top_p=0.5)])
+def test_no_slopes_of_what_is_not_drawn_from_the_policy(sampling: Sampling) -> None:
+    model = tiny_model("llama", torch.float64)
+    out = Policy(model, drawn(model)).sample(PROMPTS, Rows.grid([0, 1, 2], 2), sampling, seed=1, keep=True)
+    assert out.slopes is None
+    capped = tiny_model("gemma2", torch.float64)
+    assert (
+        Policy(capped, drawn(capped)).sample(PROMPTS, Rows.grid([0, 1, 2], 2), SAMPLING, seed=1, keep=True).slopes
+        is None
+    )
 
 
 def test_members_of_a_bank_keep_their_own_states() -> None:

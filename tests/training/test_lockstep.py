@@ -116,7 +116,7 @@ def test_states_are_kept_of_no_more_runs_than_there_is_room_for(
         return sample(self, *given, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Policy, "sample", listening)
-    size = 4 * 3 * 5 * tiny_llama_fp64.d_model * 8
+    size = 2 * 4 * 3 * 5 * tiny_llama_fp64.d_model * 8
     for name, room, kept in (("narrow", size, False), ("wide", 2 * size, True)):
         monkeypatch.setattr(sources, "KEPT_BYTES", room)
         fit_together(trainers(experiments, tmp_path / name, tiny_llama_fp64))

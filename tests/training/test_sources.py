@@ -152,7 +152,8 @@ def test_too_many_states_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     policy = Policy(model, Steering((2,)).init(model))
     spec = Rollouts(Letters(), prompts=2, samples=2, sampling=Sampling(max_new_tokens=4))
     kept = spec.open(policy, 0, CostLedger()).next(0).batch
-    monkeypatch.setattr(sources, "KEPT_BYTES", 2 * 2 * 4 * 32 * 4 - 1)
+    monkeypatch.setattr(sources, "KEPT_BYTES", 2 * 2 * 2 * 4 * 32 * 4 - 1)
     bare = spec.open(policy, 0, CostLedger()).next(0).batch
     assert kept.kept is not None and kept.kept.block == 3 and bare.kept is None
+    assert kept.slopes is not None and kept.slopes.drawn_under == policy.numbers and bare.slopes is None
     assert torch.equal(kept.completions, bare.completions)

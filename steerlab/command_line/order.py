@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steerlab.arguments import options_of, parse, task_options
+from steerlab.command_line.arguments import options_of, parse, task_options
 from steerlab.errors import UsageError, unknown
 from steerlab.runs import Run, RunStore
 
