@@ -4,9 +4,9 @@ Unit F = 2 · (weights in the blocks) per token, h = head weights / block weight
 token costs
 
     rollout  1 + h                 a prompt once per group, without the head
-    update   2b + 2h               b = share of the blocks above the lowest trained vector; 1 + b + 2h where what those
-                                   below wrote is too much to keep. A prompt without the head, once per micro-batch
-                                   that holds some of its group
+    update   2b + h                b = share of the blocks above the lowest trained vector, h for the slopes that are
+                                   formed while sampling; 1 + b + 2h where that is too much to keep. A prompt without
+                                   the head, once per micro-batch that holds some of its group
 
 plus attention, 4 · heads · d_head · (positions seen) per token and block forward, twice that backward. Tokens are
 counted as if every completion ran to its limit and every group had a signal. Hours divide by the speed of matrix
@@ -76,13 +76,15 @@ def sampling_work(shape: Shape, prompts: int, prompt: float, samples: int, limit
 
 def update_work(shape: Shape, source: Rollouts, prompt: float, first_block: int, budget: int) -> Work:
     """One update on the completions of one step, in micro-batches of `budget` tokens (`passes` of them): backward from
-    block `first_block` on, forward too if what the blocks below wrote is kept from sampling, else from the bottom."""
+    block `first_block` on, forward too if what the blocks below wrote is kept from sampling, else from the bottom; the
+    slopes kept from sampling are counted here."""
     limit, parts = source.sampling.max_new_tokens, micro_batches(source, prompt, budget)
     fed, tokens = prompt * sum(len(part.prompts) for part in parts), source.prompts * source.samples * limit
     backward = (shape.n_layers - first_block) / shape.n_layers
-    forward = backward if kept_bytes(shape, source, first_block) else 1.0
+    keeps = kept_bytes(shape, source, first_block) > 0
+    forward, heads = (backward, 1) if keeps else (1.0, 2)
     seen = fed * prompt / 2 + tokens * (prompt + limit / 2)
-    flops = shape.flops_per_token * ((forward + backward) * (fed + tokens) + 2 * shape.head_share * tokens)
+    flops = shape.flops_per_token * ((forward + backward) * (fed + tokens) + heads * shape.head_share * tokens)
     return Work(len(parts), flops=flops + attention(shape, seen) * (forward + 2 * backward))
 
 
@@ -199,7 +201,7 @@ class Plan:
              f"{EFFICIENCY:.0%} of {speeds} GFLOP/s of matrix products here and now (share measured in bf16 on a CPU)"),
             ("memory", f"about {size(self.peak_bytes)} at the peak: weights {size(self.weight_bytes)}, packed again "
              f"{size(self.packed_bytes)}, sampling {size(self.decode_bytes)} or update {size(self.update_bytes)}, "
-             f"states kept between them {size(self.kept_bytes)}, vectors with gradients and optimiser "
+             f"kept between them {size(self.kept_bytes)}, vectors with gradients and optimiser "
              f"{size(16 * self.n_trained)}, Python and torch {size(RUNTIME_BYTES)}"),
             ("disk", f"about {size(16 * self.n_trained + pages)}: checkpoint {size(12 * self.n_trained)} "
              f"(rewritten every step), vectors {size(4 * self.n_trained)}, report and figures {size(pages)}"),
@@ -334,10 +336,13 @@ def update_bytes(shape: Shape, tokens: int) -> float:
 
 
 def kept_bytes(shape: Shape, source: Rollouts, first_block: int) -> int:
-    """Hidden states of a step kept from sampling for an update that begins at `first_block`; 0 where none are."""
+    """Slopes of a step kept from sampling, and hidden states for an update that begins at `first_block` (none for one
+    that begins at the bottom); 0 where both would be too much."""
     n_tokens = source.prompts * source.samples * source.sampling.max_new_tokens
     states = n_tokens * shape.d_model * shape.dtype.itemsize
-    return states if first_block > 0 and states <= KEPT_BYTES else 0
+    if 2 * states > KEPT_BYTES:
+        return 0
+    return 2 * states if first_block > 0 else states
 
 
 def left_bytes(shape: Shape) -> int | None:
