@@ -35,6 +35,11 @@ _SITE = (
     Column("site", "str", "1", "site kind of the vector, e.g. resid_post"),
     Column("layer", "int", "1", "0-based decoder block"),
 )
+_POSITION = (
+    Column("condition", "str", "1", "base, steered, steered × −1, random, …"),
+    Column("text", "int", "1", "index of the text"),
+    Column("position", "int", "1", "0-based token of the text, whose successor is predicted"),
+)
 
 SCHEMAS: dict[str, tuple[Column, ...]] = {
     "scores": (
@@ -98,6 +103,64 @@ SCHEMAS: dict[str, tuple[Column, ...]] = {
         Column("token_id", "int", "1", "vocabulary index"),
         Column("token", "str", "1", "text of the token, decoded alone"),
         Column("score", "float", "logit | cosine | share", "value of the readout"),
+    ),
+    "residual_lens": (
+        *_POSITION,
+        Column("layer", "int", "1", "0-based decoder block after which the stream is read"),
+        Column("rank", "int", "1", "0 is the likeliest"),
+        Column("token_id", "int", "1", "vocabulary index"),
+        Column("token", "str", "1", "text of the token, decoded alone"),
+        Column("logprob", "float", "nats", "log-probability of the token"),
+    ),
+    "lens_watched": (
+        *_POSITION,
+        Column("layer", "int", "1", "0-based decoder block after which the stream is read"),
+        Column("token_id", "int", "1", "vocabulary index of the watched token"),
+        Column("token", "str", "1", "its text, decoded alone"),
+        Column("rank", "int", "1", "tokens that are likelier"),
+        Column("logprob", "float", "nats", "its log-probability"),
+    ),
+    "lens_spread": (
+        *_POSITION,
+        Column("layer", "int", "1", "0-based decoder block after which the stream is read"),
+        Column("entropy_nats", "float", "nats", "entropy of what the layer would say"),
+        Column("kl_nats", "float", "nats", "KL(the model's own output ‖ what the layer would say)"),
+    ),
+    "token_effects": (
+        Column("text", "int", "1", "index of the text"),
+        Column("generated", "int", "1", "position in the completion, 0 is its first token"),
+        Column("raised_id", "int", "1", "token whose probability grew most"),
+        Column("raised", "str", "1", "its text"),
+        Column("raised_delta", "float", "share", "by how much"),
+        Column("lowered_id", "int", "1", "token whose probability fell most"),
+        Column("lowered", "str", "1", "its text"),
+        Column("lowered_delta", "float", "share", "by how much (negative)"),
+        Column("raised_was_base_argmax", "bool", "1", "the raised token was the base model's likeliest already"),
+        Column("raised_is_steered_argmax", "bool", "1", "it is the steered model's likeliest"),
+        Column("argmax_changed", "bool", "1", "the two models' likeliest tokens differ"),
+        Column("entropy_base_nats", "float", "nats", "entropy of the base model's next token"),
+        Column("kl_nats", "float", "nats", "KL(steered ‖ base) of the next token"),
+    ),
+    "raised_tokens": (
+        Column("where", "str", "1", "first generated position, or rest"),
+        Column("end", "str", "1", "raised or lowered"),
+        Column("rank", "int", "1", "0 is the most changed token of that end"),
+        Column("token_id", "int", "1", "vocabulary index"),
+        Column("token", "str", "1", "text of the token, decoded alone"),
+        Column("delta", "float", "share", "mean change of its probability, over texts"),
+        Column("low", "float", "share", "lower end of the 95 % interval over texts"),
+        Column("high", "float", "share", "upper end of the 95 % interval over texts"),
+        Column("n_texts", "int", "texts", "texts that have such a position"),
+    ),
+    "persistence": (
+        Column("condition", "str", "1", "trained, or a random direction of equal length"),
+        Column("source", "int", "1", "0-based decoder block whose vector is added"),
+        Column("layer", "int", "1", "0-based decoder block where its effect is looked for"),
+        Column("quantity", "str", "1", "diff_vector, diff_diff, mean_vector or length"),
+        Column("value", "float", "cosine | activation units", "mean over texts; missing where there is no direction"),
+        Column("low", "float", "cosine | activation units", "lower end of the 95 % interval over texts"),
+        Column("high", "float", "cosine | activation units", "upper end of the 95 % interval over texts"),
+        Column("n_texts", "int", "texts", "texts that have a value"),
     ),
     "norms": (*_SITE, Column("norm", "float", "activation units", "Euclidean length of the vector")),
     "cosines": (

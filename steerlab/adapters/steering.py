@@ -123,6 +123,15 @@ class SteeringVectors:
     def __neg__(self) -> SteeringVectors:
         return self * -1.0
 
+    def randomise(self, generator: torch.Generator) -> SteeringVectors:
+        """Random directions of the same lengths: the control of what is said of a direction."""
+
+        def drawn(vector: Tensor) -> Tensor:
+            noise = torch.randn(vector.shape, generator=generator, dtype=torch.float64)
+            return (noise * (vector.double().norm().cpu() / noise.norm())).to(vector)
+
+        return self._map(drawn)
+
     def normalise(self) -> SteeringVectors:
         """Every vector at length one. Raises UsageError for a zero vector, which has no direction."""
         zero = [str(site) for site, vector in self.vectors.items() if not vector.any()]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Protocol, runtime_checkable
 
+import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
@@ -188,6 +189,12 @@ def token_text(tokenizer: Tokenizer, token_id: int) -> str:
         return "".join(f"<0x{alphabet[letter]:02X}>" for letter in piece) if known else piece
     # sentencepiece tokenizers drop the space in front of a text's first word
     return f" {text}" if piece.startswith("▁") and not text.startswith(" ") else text
+
+
+def token_texts(tokenizer: Tokenizer, ids: Int[np.ndarray, " token"]) -> np.ndarray:
+    """`token_text` of many ids, each looked up once."""
+    distinct, places = np.unique(ids, return_inverse=True)
+    return np.array([token_text(tokenizer, int(i)) for i in distinct], dtype=object)[places]
 
 
 @cache
