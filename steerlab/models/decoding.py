@@ -200,8 +200,7 @@ class ByRow:
         prompt, own = self.prompt[layer], self.own[layer]
         if own is None:
             shape = self.places, key.shape[1], self.capacity  # rows may have left before the first step
-            like = prompt.key
-            own = self.own[layer] = like.new_empty(*shape, key.shape[3]), like.new_empty(*shape, value.shape[3])
+            own = self.own[layer] = key.new_empty(*shape, key.shape[3]), value.new_empty(*shape, value.shape[3])
         slots = prompt.key.shape[2] + self.capacity
         needed = operators.scratch_size(query.shape[0], query.shape[1], slots, key.shape[3], value.shape[3])
         if len(self.scratch) < needed:

@@ -245,16 +245,16 @@ def _scores(query: Any, keys: Any, start: int, stop: int, scale: Any, out: Any) 
         a = b = c = d = _as(0, scale)
         for i in range(query.shape[0]):
             x = query[i]
-            a += x * first[i]
-            b += x * second[i]
-            c += x * third[i]
-            d += x * fourth[i]
+            a += x * _wide(first[i])
+            b += x * _wide(second[i])
+            c += x * _wide(third[i])
+            d += x * _wide(fourth[i])
         at = j - start
         out[at], out[at + 1], out[at + 2], out[at + 3] = a * scale, b * scale, c * scale, d * scale
     for j in range(whole, stop):
         a, first = _as(0, scale), keys[j]
         for i in range(query.shape[0]):
-            a += query[i] * first[i]
+            a += query[i] * _wide(first[i])
         out[j - start] = a * scale
 
 
@@ -284,12 +284,12 @@ def _mix(weights: Any, values: Any, start: int, stop: int, out: Any) -> None:
         a, b, c, d, e, f, g, h = w[0], w[1], w[2], w[3], w[4], w[5], w[6], w[7]
         v0, v1, v2, v3, v4, v5, v6, v7 = v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7]
         for i in range(out.shape[0]):
-            half = a * v0[i] + b * v1[i] + c * v2[i] + d * v3[i]
-            out[i] += half + e * v4[i] + f * v5[i] + g * v6[i] + h * v7[i]
+            half = a * _wide(v0[i]) + b * _wide(v1[i]) + c * _wide(v2[i]) + d * _wide(v3[i])
+            out[i] += half + e * _wide(v4[i]) + f * _wide(v5[i]) + g * _wide(v6[i]) + h * _wide(v7[i])
     for j in range(whole, stop):
         a, v0 = weights[j - start], values[j]
         for i in range(out.shape[0]):
-            out[i] += a * v0[i]
+            out[i] += a * _wide(v0[i])
 
 
 @_parallel
@@ -314,8 +314,8 @@ def attend(
     key, value = carray(_pointer(new[1], like), (rows, strides[0])), carray(_pointer(new[2], like), (rows, strides[1]))
     prompt_key = carray(_pointer(prompt[0], scale), (units, n_kv, prompt_slots, d))
     prompt_value = carray(_pointer(prompt[1], scale), (units, n_kv, prompt_slots, d_value))
-    own_key = carray(_pointer(own[0], scale), (places, n_kv, own_slots, d))
-    own_value = carray(_pointer(own[1], scale), (places, n_kv, own_slots, d_value))
+    own_key = carray(_pointer(own[0], like), (places, n_kv, own_slots, d))
+    own_value = carray(_pointer(own[1], like), (places, n_kv, own_slots, d_value))
     unit, place = carray(_pointer(index[0], rows), rows), carray(_pointer(index[1], rows), rows)
     length = carray(_pointer(index[2], rows), units)
     scores = carray(_pointer(room[0], scale), (rows, n_kv, repeat, prompt_slots + own_slots))
@@ -330,9 +330,9 @@ def attend(
             u, at = unit[row], place[row]
             new_key, new_value = own_key[at, k, filled - 1], own_value[at, k, filled - 1]
             for j in range(d):
-                new_key[j] = _wide(key[row, k * d + j])
+                new_key[j] = key[row, k * d + j]
             for j in range(d_value):
-                new_value[j] = _wide(value[row, k * d_value + j])
+                new_value[j] = value[row, k * d_value + j]
             n = length[u]
             first = max(0, n + filled - window) if window > 0 else 0
             first_prompt, first_own = min(first, n), max(0, first - n)

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from steerlab.models import kernels
+from steerlab.models import kernels, stream_kernels
 
 _STORED = {torch.bfloat16: np.uint16(0), torch.float32: np.float32(0), torch.float64: np.float64(0)}
 _EXACT = {torch.bfloat16: np.float32, torch.float32: np.float32, torch.float64: np.float64}
@@ -217,6 +217,29 @@ def attend(
         _STORED[dtype],
     )
     return out
+
+
+def causal_softmax_(
+    scores: Float[Tensor, "kv_head query key"], first: int, span: int, window: int | None, scale: float
+) -> Float[Tensor, "kv_head query key"]:
+    """Softmax of scale · scores over the keys that each query sees, in place; see `stream_kernels`."""
+    dtype, shape = scores.dtype, (scores.shape[0] * scores.shape[1], scores.shape[2])
+    stream_kernels.softmax(scores.data_ptr(), shape, first, span, window or 0, _EXACT[dtype](scale), _STORED[dtype])
+    return scores
+
+
+def causal_softmax_back_(
+    grad: Float[Tensor, "kv_head query key"],
+    pattern: Float[Tensor, "kv_head query key"],
+    first: int,
+    span: int,
+    scale: float,
+) -> Float[Tensor, "kv_head query key"]:
+    """Its derivative: the gradient of a pattern becomes that of the scores, in place."""
+    dtype, shape = grad.dtype, (grad.shape[0] * grad.shape[1], grad.shape[2])
+    at = grad.data_ptr(), pattern.data_ptr()
+    stream_kernels.softmax_back(*at, shape, first, span, _EXACT[dtype](scale), _STORED[dtype])
+    return grad
 
 
 def logprobs(

@@ -167,7 +167,14 @@ class Reader:
         segments = [Segment.of(start, (stop - start,), (0, 0), device) for start, stop in bounds]
         seen: dict[int, Tensor] = {}
         with hooks.written(model, {seam: partial(_note, seen, seam) for seam in seams if seam >= max(block, 1)}):
-            hidden = planned(model, Stream(segments, keep_keys), tokens, layout.position, block=block, written=entry)
+            hidden = planned(
+                model,
+                Stream(segments, keep_keys, model.kernels == "fused"),
+                tokens,
+                layout.position,
+                block=block,
+                written=entry,
+            )
         return hidden, seen
 
 
