@@ -342,7 +342,7 @@ class _Decoding:
         projected at once (torch lays the weights out anew at every product), in a captured step its own."""
         temperature, fused = self.sampling.temperature, self.model.kernels == "fused"
         _, slope = logit_slopes(logits, token, temperature, None, fused)
-        assert slope is not None
+        assert slope is not None and self.gathered is not None
         n = sum(len(rows) for rows, _ in self.pending)
         self.gathered[n : n + len(token)] = slope
         self.pending.append((self.alive, self.drawn.expand(len(token)).clone()))
@@ -351,7 +351,7 @@ class _Decoding:
 
     def project(self) -> None:
         """Put the slopes that are pending in their places."""
-        if self.slopes is None or not self.pending:
+        if self.slopes is None or self.gathered is None or not self.pending:
             return
         rows, places = (torch.cat(parts) for parts in zip(*self.pending, strict=True))
         self.slopes[rows, places] = (
