@@ -30,6 +30,7 @@ from steerlab.adapters import Steering
 from steerlab.batches import RolloutBatch
 from steerlab.errors import UsageError
 from steerlab.models import packed
+from steerlab.models.head import CHUNK_TOKENS
 from steerlab.models.shape import Shape, shape_of
 from steerlab.progress import duration
 from steerlab.rollouts import Condition
@@ -318,11 +319,12 @@ def evaluation_work(shape: Shape, experiment: Experiment) -> Work:
 
 
 def decode_bytes(shape: Shape, rows: int, positions: int) -> float:
-    """Keys and values of one decode batch (of a CPU in at least fp32) and its logits (in fp32, with the copies that
-    sampling makes)."""
+    """Keys and values of one decode batch (of a CPU in at least fp32), its logits (in fp32, with the copies that
+    sampling makes), and what waits there for the head's slopes."""
     itemsize = shape.dtype.itemsize if torch.cuda.is_available() else max(4, shape.dtype.itemsize)
     cache = rows * positions * 2 * shape.d_kv * (shape.n_layers + 1) * itemsize
-    return float(cache + rows * shape.d_vocab * (shape.dtype.itemsize + 3 * 4))
+    waiting = (CHUNK_TOKENS + rows) * shape.d_vocab * shape.dtype.itemsize
+    return float(cache + waiting + rows * shape.d_vocab * (shape.dtype.itemsize + 3 * 4))
 
 
 def bytes_per_token(shape: Shape) -> int:

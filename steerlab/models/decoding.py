@@ -10,8 +10,9 @@ but the prompt's memory.
 A static `Decoding` does the same operators on the same memory at every step, places not yet written being hidden, and
 asks the device for nothing: a step can be captured (`graphs.py`).
 
-On a CPU a bf16 model's keys and values are held, and attention is computed, in fp32: for products this small it is
-faster, and scores are not rounded.
+On a CPU attention of a bf16 model is computed in fp32, and keys and values are held so: for products this small it is
+faster, and scores are not rounded. `ByRow` holds what a row itself has written as the model wrote it: it is read once
+per step, from memory.
 """
 
 from __future__ import annotations

@@ -190,8 +190,9 @@ def attend(
 ) -> Float[Tensor, "row head one d_value"]:
     """Attention of one new token per row; its key and value become slot `filled` − 1 of the row's own.
 
-    prompt: keys and values of each unit, own: of each place, in the dtype that is computed in. index: unit of each row,
-    place of each row, tokens of each unit. window: keys seen, None for all. scratch: `scratch_size` numbers or more.
+    prompt: keys and values of each unit, in the dtype that is computed in. own: of each place, in the dtype of `key`.
+    index: unit of each row, place of each row, tokens of each unit. window: keys seen, None for all. scratch:
+    `scratch_size` numbers or more.
     """
     (rows, heads, _, d), d_value, dtype = query.shape, value.shape[3], query.dtype
     strides = tuple(_stride(x, 3) if x.stride(3) == 1 and x.stride(1) == x.shape[3] else None for x in (key, value))

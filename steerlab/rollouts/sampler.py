@@ -248,10 +248,10 @@ class _Decoding:
         shape = n, limit, model.d_model
         self.written = torch.empty(shape, dtype=model.dtype, device=device) if kept.any() else None
         # What is drawn greedily or from a nucleus teaches nothing; a soft cap would want logits from before it.
-        own = sampling.temperature > 0 and sampling.top_p == 1 and model.logit_softcap is None
-        self.slopes = torch.zeros(shape, dtype=model.dtype, device=device) if keep and own else None
+        sloping = keep and sampling.temperature > 0 and sampling.top_p == 1 and model.logit_softcap is None
+        self.slopes = torch.zeros(shape, dtype=model.dtype, device=device) if sloping else None
         self.pending: list[tuple[Tensor, Tensor]] = []
-        self.gathered = model.unembedding.weight.new_empty(CHUNK_TOKENS + n, model.d_vocab) if keep and own else None
+        self.gathered = model.unembedding.weight.new_empty(CHUNK_TOKENS + n, model.d_vocab) if sloping else None
         self.seams = {int(seam): kept == seam for seam in torch.unique(kept) if seam > 0}
         self.keep_only(self.alive)
 
