@@ -179,7 +179,8 @@ class Plan:
         """Where the token budget comes from."""
         if self.experiment.token_budget is not None:
             return "as asked for"
-        return "the most by default" if self.token_budget == memory.CAP_TOKENS else "for the memory free here and now"
+        most = memory.cap(self.experiment.source.longest_completion)
+        return "the most by default" if self.token_budget == most else "for the memory free here and now"
 
     def rows(self) -> list[tuple[str, str]]:
         """What a person reads, in two columns."""
@@ -245,7 +246,7 @@ def plan(experiment: Experiment, shape: Shape | None = None) -> Plan:
     rows, limit = source.prompts * source.samples, source.sampling.max_new_tokens
     decoded = min(rows, source.max_rows)
     copy = packed_bytes(shape)
-    budget = experiment.token_budget or token_budget(shape, copy)
+    budget = experiment.token_budget or token_budget(shape, copy, limit)
     n_trained, updates = trained_and_updates(shape, experiment, budget)
     return Plan(
         shape=shape,
@@ -360,8 +361,9 @@ def packed_bytes(shape: Shape) -> int:
     return copy if fits and shape.dtype in packed.DTYPES and not torch.cuda.is_available() else 0
 
 
-def token_budget(shape: Shape, beside: int) -> int:
-    """Tokens per micro-batch that would fit beside the weights and `beside` more bytes, here and now."""
-    left, cap = left_bytes(shape), None if torch.cuda.is_available() else memory.CAP_TOKENS
+def token_budget(shape: Shape, beside: int, longest: int) -> int:
+    """Tokens per micro-batch that would fit beside the weights and `beside` more bytes, here and now. longest: tokens
+    of a completion of full length."""
+    left, cap = left_bytes(shape), None if torch.cuda.is_available() else memory.cap(longest)
     each = bytes_per_token(shape)
     return memory.budget(None if left is None else left - beside, each, shape.d_vocab, cap=cap)

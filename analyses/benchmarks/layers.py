@@ -83,7 +83,7 @@ def measure(model: LanguageModel, work: Workload, options: Options) -> list[Row]
     """Rows of the table for one dtype."""
     from steerlab.training.memory import budget_for
 
-    budget, n_layers = budget_for(model), model.n_layers
+    budget, n_layers = budget_for(model, max(work.lengths)), model.n_layers
     chosen = {"all": None, **{f"layer {layer}": (layer,) for layer in options.layers if layer < n_layers}}
     steps = [make_step(model, work, layers, budget, keep_slopes=False) for layers in chosen.values()]
     _, *turns = workload.in_turns(steps, options.repeats)

@@ -85,7 +85,7 @@ def make_step(
     prompts = work.prompts
     rows = replace(Rows.grid(range(len(prompts)), work.group_size), limit=torch.tensor(work.lengths))
     sampling = Sampling(max_new_tokens=max(work.lengths))
-    budget = budget_for(model) if token_budget is None else token_budget
+    budget = budget_for(model, max(work.lengths)) if token_budget is None else token_budget
     steps, peaks = iter(range(1_000_000)), Peaks()
 
     def step() -> StepInfo:
@@ -160,7 +160,7 @@ def compare(model: LanguageModel, work: Workload, case: limit.Case, options: Opt
     """Both sides and the limit in turns; medians over `repeats` steps after one warm-up each."""
     from steerlab.training.memory import budget_for
 
-    budget = budget_for(model) if options.token_budget is None else options.token_budget
+    budget = budget_for(model, max(work.lengths)) if options.token_budget is None else options.token_budget
     products = limit.Products(model, work, limit.first_block(case, model.n_layers), budget)
     ours, theirs = sides(model, options, case, budget)
     (*first, _), *turns = workload.in_turns([ours.step, theirs.step, products.measure], options.repeats)
