@@ -16,8 +16,7 @@ from steerlab.plan import Work, kept_bytes, plan, sampling_work, update_work
 from steerlab.recipes import rloo
 from steerlab.rollouts import Sampling
 from steerlab.tasks import Task, make
-from steerlab.training import Experiment, Rollouts
-from steerlab.training import memory
+from steerlab.training import Experiment, Rollouts, memory
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Kernels for attention on a CPU: of a decode step, whole; of the update (`attention.Stream`), its softmax.
 
-Rules and parts: `numbers.py`, `vectors.py`.
+Rules and parts: `numbers.py`, `vectors.py`. In the update a row of scores belongs to one query, `span` queries of one
+sequence behind one another; query i sees keys up to `first` + i % span, and no more than `window` of them (0: all).
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from steerlab.models.numbers import carray, exp, largest, narrow, parallel, pointer, prange, serial, whole, wide
-from steerlab.models.vectors import LANES, add_mixed, add_scores
+from steerlab.models.vectors import LANES, add_values, score_keys
 
 
 @serial
@@ -32,6 +33,45 @@ def _softmax(scores: Any, n: int, softcap: Any) -> None:
     share = whole(1, total) / total
     for j in range(n):
         scores[j] *= share
+
+
+@serial
+def _seen(n: int, filled: int, window: int) -> tuple[int, int, int, int, int]:
+    """What the newest of n prompt keys and `filled` own ones sees, and where its scores stand. Whole blocks are
+    multiplied: own scores overwrite what lies behind the prompt's.
+
+    Returns first prompt key, first own key; of the scores, the first own block's, the first that is seen, the first own
+    one that is seen.
+    """
+    first = max(0, n + filled - window) if window > 0 else 0
+    if first >= n:
+        return n, first - n, 0, (first - n) % LANES, (first - n) % LANES
+    own = n - first // LANES * LANES
+    return first, 0, own, first % LANES, own
+
+
+@serial
+def _begin(query: Any, scale: Any, asked: Any, mixed: Any) -> None:
+    """Queries, (head, d), as they are multiplied; sums of values, (head, padded d_value), at 0."""
+    for h in range(query.shape[0]):
+        for j in range(query.shape[1]):
+            asked[h, j] = wide(query[h, j]) * scale
+        for j in range(mixed.shape[1]):
+            mixed[h, j] = whole(0, scale)
+
+
+@serial
+def _remember(key: Any, keys: Any, slot: int) -> None:
+    """keys: (block, d, lane)."""
+    lane = keys[slot // LANES, :, slot % LANES]
+    for j in range(key.shape[0]):
+        lane[j] = key[j]
+
+
+@serial
+def _remember_value(value: Any, values: Any, slot: int) -> None:
+    for j in range(value.shape[0]):
+        values[slot, j] = value[j]
 
 
 @parallel
@@ -65,47 +105,32 @@ def attend(
     scores = carray(pointer(room[0], scale), (rows, n_kv, repeat, slots))
     asked = carray(pointer(room[1], scale), (rows, n_kv, repeat, d))
     mixed = carray(pointer(room[2], scale), (rows, n_kv, repeat, padded))
-    tasks = rows * n_kv
-    share = (tasks + threads - 1) // threads
+    tasks, share = rows * n_kv, (rows * n_kv + threads - 1) // threads
     for i in prange(share * threads):
         task = (i % share) * threads + i // share  # neighbours, which share a prompt, are spread over the threads
         if task < tasks:
             row, k = task // n_kv, task % n_kv
             u, at = unit[row] * n_kv + k, place[row] * n_kv + k
-            new_key = own_key[place[row], k, (filled - 1) // LANES, :, (filled - 1) % LANES]
-            new_value = own_value[place[row], k, filled - 1]
-            for j in range(d):
-                new_key[j] = key[row, k * d + j]
-            for j in range(d_value):
-                new_value[j] = value[row, k * d_value + j]
+            _remember(key[row, k * d : k * d + d], own_key[place[row], k], filled - 1)
+            _remember_value(value[row, k * d_value : k * d_value + d_value], own_value[place[row], k], filled - 1)
             n = length[unit[row]]
-            first = max(0, n + filled - window) if window > 0 else 0  # the first key that is seen
-            first_own, first_prompt = max(0, first - n), min(first, n)
-            from_block, from_own = first_prompt // LANES, first_own // LANES  # whole blocks are multiplied
-            on_own = n - from_block * LANES if first_prompt < n else 0  # where scores of own keys begin
-            prompt_key = prompt[0] + (u * prompt_slots + from_block * LANES) * d * stored
+            first_prompt, first_own, on_own, begin, behind = _seen(n, filled, window)
+            blocks = (on_own + LANES - 1) // LANES, (filled - first_own // LANES * LANES + LANES - 1) // LANES
+            prompt_key = prompt[0] + (u * prompt_slots + first_prompt // LANES * LANES) * d * stored
             prompt_value = prompt[1] + (u * prompt_slots + first_prompt) * padded * stored
-            keys = own[0] + (at * own_slots + from_own * LANES) * d * stored
+            keys = own[0] + (at * own_slots + first_own // LANES * LANES) * d * stored
             values = own[1] + (at * own_slots + first_own) * padded * stored
-            begin = first_prompt % LANES if first_prompt < n else first_own % LANES
-            behind = on_own + first_own - from_own * LANES
-            for h in range(repeat):
-                for j in range(d):
-                    asked[row, k, h, j] = wide(query[row, k, h, j]) * scale
-                for j in range(padded):
-                    mixed[row, k, h, j] = whole(0, scale)
+            _begin(query[row, k], scale, asked[row, k], mixed[row, k])
             for h in range(0, repeat, together):
                 queries = room[1] + (task * repeat + h) * d * exact
                 weights = room[0] + (task * repeat + h) * slots * exact
                 total = room[2] + (task * repeat + h) * padded * exact
-                blocks = (on_own + LANES - 1) // LANES
-                add_scores(heads, queries, d, prompt_key, blocks, weights, slots, like)
-                blocks = (filled - from_own * LANES + LANES - 1) // LANES
-                add_scores(heads, queries, d, keys, blocks, weights + on_own * exact, slots, like)
+                score_keys(heads, queries, d, prompt_key, blocks[0], weights, slots, like)
+                score_keys(heads, queries, d, keys, blocks[1], weights + on_own * exact, slots, like)
                 for g in range(h, h + together):
                     _softmax(scores[row, k, g, begin:], behind + filled - first_own - begin, softcap)
-                add_mixed(heads, weights + begin * exact, slots, prompt_value, padded, n - first_prompt, total, like)
-                add_mixed(heads, weights + behind * exact, slots, values, padded, filled - first_own, total, like)
+                add_values(heads, weights + begin * exact, slots, prompt_value, padded, n - first_prompt, total, like)
+                add_values(heads, weights + behind * exact, slots, values, padded, filled - first_own, total, like)
             for h in range(repeat):
                 for j in range(d_value):
                     out[row, k, h, j] = narrow(mixed[row, k, h, j], like)
@@ -132,7 +157,9 @@ def causal_softmax(scores_at: int, shape: Any, first: int, span: int, window: in
 
 
 @parallel
-def causal_softmax_back(grad_at: int, pattern_at: int, shape: Any, first: int, span: int, scale: Any, like: Any) -> None:
+def causal_softmax_back(
+    grad_at: int, pattern_at: int, shape: Any, first: int, span: int, scale: Any, like: Any
+) -> None:
     """Gradient of the pattern → gradient of the scores; both (row, key)."""
     grad, pattern = carray(pointer(grad_at, like), shape), carray(pointer(pattern_at, like), shape)
     for i in prange(shape[0]):

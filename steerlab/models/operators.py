@@ -253,7 +253,8 @@ def causal_softmax_(
 ) -> Float[Tensor, "kv_head query key"]:
     """Softmax of scale · scores over the keys that each query sees, in place; see `attention_kernels`."""
     dtype, shape = scores.dtype, (scores.shape[0] * scores.shape[1], scores.shape[2])
-    attention_kernels.causal_softmax(scores.data_ptr(), shape, first, span, window or 0, _EXACT[dtype](scale), _STORED[dtype])
+    at, exact = scores.data_ptr(), _EXACT[dtype](scale)
+    attention_kernels.causal_softmax(at, shape, first, span, window or 0, exact, _STORED[dtype])
     return scores
 
 

@@ -1,3 +1,4 @@
+# ruff: noqa: ARG001 (numba tells what a call gives by the names of an intrinsic's arguments)
 """Products of attention for compiled code, LANES numbers at a time, with sums that stay in registers.
 
 What numba makes of loops stores a sum after every term. These are written as LLVM's vector instructions instead, which
@@ -99,7 +100,7 @@ def _paired(rows: Sequence[Any], sums: Sequence[Sequence[Any]]) -> Iterator[tupl
 
 
 @intrinsic
-def add_scores(
+def score_keys(
     _context: Any, heads: Any, query_at: Any, width: Any, key_at: Any, blocks: Any, out_at: Any, stride: Any, like: Any
 ) -> Any:
     """out[h, block · LANES + lane] = Σ_i query[h, i] · key[block, i, lane].
@@ -135,7 +136,7 @@ def add_scores(
 
 
 @intrinsic
-def add_mixed(
+def add_values(
     _context: Any,
     heads: Any,
     weight_at: Any,
