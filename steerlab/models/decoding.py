@@ -17,7 +17,7 @@ every step, and in the order that its kernel reads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -76,7 +76,7 @@ class Decoding:
     static: see above."""
 
     def __init__(
-        self, prompt: Sequence[UnitKeys], sharing: Sequence[Sharing], capacity: int, static: bool = False
+        self, prompt: Iterable[UnitKeys], sharing: Sequence[Sharing], capacity: int, static: bool = False
     ) -> None:
         self.prompt, self.sharing, self.capacity = [_working(keys) for keys in prompt], list(sharing), capacity
         self.own: list[tuple[Tensor, Tensor] | None] = [None] * len(self.prompt)
@@ -178,7 +178,7 @@ class Decoding:
 class ByRow:
     """The same arguments, and the same plan."""
 
-    def __init__(self, prompt: Sequence[UnitKeys], sharing: Sequence[Sharing], capacity: int) -> None:
+    def __init__(self, prompt: Iterable[UnitKeys], sharing: Sequence[Sharing], capacity: int) -> None:
         from steerlab.models import operators
 
         self.prompt = [(operators.keys_in_blocks(x.key), operators.padded_values(x.value)) for x in prompt]
