@@ -30,6 +30,7 @@ from steerlab.adapters import Steering
 from steerlab.batches import RolloutBatch
 from steerlab.errors import UsageError
 from steerlab.models import packed
+from steerlab.models.head import CHUNK_TOKENS
 from steerlab.models.shape import Shape, shape_of
 from steerlab.progress import duration
 from steerlab.rollouts import Condition
@@ -178,7 +179,8 @@ class Plan:
         """Where the token budget comes from."""
         if self.experiment.token_budget is not None:
             return "as asked for"
-        return "the most by default" if self.token_budget == memory.CAP_TOKENS else "for the memory free here and now"
+        most = memory.cap(self.experiment.source.longest_completion)
+        return "the most by default" if self.token_budget == most else "for the memory free here and now"
 
     def rows(self) -> list[tuple[str, str]]:
         """What a person reads, in two columns."""
@@ -244,7 +246,7 @@ def plan(experiment: Experiment, shape: Shape | None = None) -> Plan:
     rows, limit = source.prompts * source.samples, source.sampling.max_new_tokens
     decoded = min(rows, source.max_rows)
     copy = packed_bytes(shape)
-    budget = experiment.token_budget or token_budget(shape, copy)
+    budget = experiment.token_budget or token_budget(shape, copy, limit)
     n_trained, updates = trained_and_updates(shape, experiment, budget)
     return Plan(
         shape=shape,
@@ -318,11 +320,12 @@ def evaluation_work(shape: Shape, experiment: Experiment) -> Work:
 
 
 def decode_bytes(shape: Shape, rows: int, positions: int) -> float:
-    """Keys and values of one decode batch (of a CPU in at least fp32) and its logits (in fp32, with the copies that
-    sampling makes)."""
+    """Keys and values of one decode batch (of a CPU in at least fp32), its logits (in fp32, with the copies that
+    sampling makes), and what waits there for the head's slopes."""
     itemsize = shape.dtype.itemsize if torch.cuda.is_available() else max(4, shape.dtype.itemsize)
     cache = rows * positions * 2 * shape.d_kv * (shape.n_layers + 1) * itemsize
-    return float(cache + rows * shape.d_vocab * (shape.dtype.itemsize + 3 * 4))
+    waiting = (CHUNK_TOKENS + rows) * shape.d_vocab * shape.dtype.itemsize
+    return float(cache + waiting + rows * shape.d_vocab * (shape.dtype.itemsize + 3 * 4))
 
 
 def bytes_per_token(shape: Shape) -> int:
@@ -358,8 +361,9 @@ def packed_bytes(shape: Shape) -> int:
     return copy if fits and shape.dtype in packed.DTYPES and not torch.cuda.is_available() else 0
 
 
-def token_budget(shape: Shape, beside: int) -> int:
-    """Tokens per micro-batch that would fit beside the weights and `beside` more bytes, here and now."""
-    left, cap = left_bytes(shape), None if torch.cuda.is_available() else memory.CAP_TOKENS
+def token_budget(shape: Shape, beside: int, longest: int) -> int:
+    """Tokens per micro-batch that would fit beside the weights and `beside` more bytes, here and now. longest: tokens
+    of a completion of full length."""
+    left, cap = left_bytes(shape), None if torch.cuda.is_available() else memory.cap(longest)
     each = bytes_per_token(shape)
     return memory.budget(None if left is None else left - beside, each, shape.d_vocab, cap=cap)

@@ -14,7 +14,7 @@ from jaxtyping import install_import_hook
 
 ROOT = Path(__file__).parent.parent
 # The hook takes whole packages; numba cannot compile what it wraps, and runs measure how fast operators are.
-LEFT_OUT = ("__init__", "kernels", "operators")
+LEFT_OUT = ("__init__", "attention_kernels", "kernels", "numbers", "operators", "vectors")
 install_import_hook(
     [
         ".".join(path.relative_to(ROOT).with_suffix("").parts)

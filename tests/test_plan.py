@@ -16,8 +16,7 @@ from steerlab.plan import Work, kept_bytes, plan, sampling_work, update_work
 from steerlab.recipes import rloo
 from steerlab.rollouts import Sampling
 from steerlab.tasks import Task, make
-from steerlab.training import Experiment, Rollouts
-from steerlab.training.memory import CAP_TOKENS
+from steerlab.training import Experiment, Rollouts, memory
 
 
 @pytest.fixture
@@ -176,12 +175,14 @@ def test_a_plan_is_read_in_two_columns(experiment: Experiment) -> None:
 
 
 def test_a_plan_says_its_micro_batches(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert f"micro-batches of {CAP_TOKENS} tokens, the most by default" in dict(plan(experiment).rows())["updates"]
+    most = memory.cap(experiment.source.longest_completion)
+    assert most == memory.CAP_TOKENS + memory.ROWS_TOGETHER * 6
+    assert f"micro-batches of {most} tokens, the most by default" in dict(plan(experiment).rows())["updates"]
     asked = replace(experiment, token_budget=77)
     assert "micro-batches of 77 tokens, as asked for" in dict(plan(asked).rows())["updates"]
     monkeypatch.setattr(planning, "free_memory_bytes", lambda gpu: 10_000_000)
     cramped = plan(experiment)
-    assert 1 <= cramped.token_budget < CAP_TOKENS and "free here and now" in dict(cramped.rows())["updates"]
+    assert 1 <= cramped.token_budget < memory.CAP_TOKENS and "free here and now" in dict(cramped.rows())["updates"]
 
 
 def test_without_a_tokenizer_prompt_tokens_are_guessed_and_said_so(experiment: Experiment, config_folder: Path) -> None:

@@ -56,6 +56,10 @@ class Forced:
     def task(self) -> Task:
         raise ValueError("the workload has no task: nothing is evaluated here")
 
+    @property
+    def longest_completion(self) -> int:
+        return max(self.work.lengths)
+
     def open(self, policy: Policy, seed: int, ledger: CostLedger, world: World = ALONE) -> ForcedSource:
         return ForcedSource(self.work, policy, seed, ledger, world)
 

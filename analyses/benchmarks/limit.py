@@ -199,7 +199,7 @@ def main(options: Options) -> list[Row]:
     from steerlab.training.memory import budget_for
 
     def row(model: LanguageModel, work: Workload, case: Case) -> Row:
-        products = Products(model, work, first_block(case, model.n_layers), budget_for(model))
+        products = Products(model, work, first_block(case, model.n_layers), budget_for(model, max(work.lengths)))
         _, *turns = workload.in_turns([products.measure], options.repeats)
         return {"case": case, **facts(products, [measured for (measured,) in turns])}
 

@@ -2,12 +2,11 @@
 
 Claim: the same step (model, prompts, lengths, dtype, trained numbers, optimiser) is at least 4 times faster here with
 all layers trained, 5.5 times with one in the middle, 8 times with the last. Refuted where the median ratio is below
-that (on 2026-11-24: the last layer in bf16, 7.88). Each side runs in a process of its own, so that its memory peak is
-its own, and only one works at a time.
-steerlab's side is its own sampler, policy, objective and updater, used as the trainer uses them (matrix
-products measured at the start, hidden states below the trained layers kept from sampling, the trainer's token
-budget, freed memory returned after the step); the only addition is the workload's: the end token is kept away (its
-logit is −inf, as on the other side), every row stops at its length.
+that. Each side runs in a process of its own, so that its memory peak is its own, and only one works at a time.
+steerlab's side is its own sampler, policy, objective and updater, used as the trainer uses them (products and kernels
+measured at the start, hidden states below the trained layers and the head's slopes kept from sampling, the trainer's
+token budget, freed memory returned after the step); the only addition is the workload's: the end token is kept away
+(its logit is −inf, as on the other side), every row stops at its length.
 `--adapter lora` trains TRL's default LoRA on both sides, TRL's as it is shipped (gradient checkpointing, dropout), and
 `lora-tuned` without those two: then both sides differ in the engine alone.
 
@@ -86,7 +85,7 @@ def make_step(
     prompts = work.prompts
     rows = replace(Rows.grid(range(len(prompts)), work.group_size), limit=torch.tensor(work.lengths))
     sampling = Sampling(max_new_tokens=max(work.lengths))
-    budget = budget_for(model) if token_budget is None else token_budget
+    budget = budget_for(model, max(work.lengths)) if token_budget is None else token_budget
     steps, peaks = iter(range(1_000_000)), Peaks()
 
     def step() -> StepInfo:
@@ -161,7 +160,7 @@ def compare(model: LanguageModel, work: Workload, case: limit.Case, options: Opt
     """Both sides and the limit in turns; medians over `repeats` steps after one warm-up each."""
     from steerlab.training.memory import budget_for
 
-    budget = budget_for(model) if options.token_budget is None else options.token_budget
+    budget = budget_for(model, max(work.lengths)) if options.token_budget is None else options.token_budget
     products = limit.Products(model, work, limit.first_block(case, model.n_layers), budget)
     ours, theirs = sides(model, options, case, budget)
     (*first, _), *turns = workload.in_turns([ours.step, theirs.step, products.measure], options.repeats)

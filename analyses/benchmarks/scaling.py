@@ -69,12 +69,13 @@ def measure(model: LanguageModel, work: Workload, case: Case, options: Options) 
 
     sizes = options.tokens if case == "tokens" else options.rows
     works = [sized(work, case, size) for size in sizes]
-    budget = budget_for(model)
-    steps = [make_step(model, each, None, budget) for each in works]
+    budgets = [budget_for(model, max(each.lengths)) for each in works]
+    steps = [make_step(model, each, None, budget) for each, budget in zip(works, budgets, strict=True)]
     steps[0]()
     passes: list[list[StepInfo]] = [[step() for step in steps] for _ in range(options.repeats)]
     slopes = [slope(sizes, [info.wall_s for info in done]) for done in passes]
-    products = [limit.Products(model, each, limit.first_block("all", model.n_layers), budget) for each in works]
+    lowest = limit.first_block("all", model.n_layers)
+    products = [limit.Products(model, each, lowest, budget) for each, budget in zip(works, budgets, strict=True)]
 
     def by_size(name: str) -> list[float]:
         return [median(step, name) for step in zip(*passes, strict=True)]
@@ -97,7 +98,7 @@ def measure(model: LanguageModel, work: Workload, case: Case, options: Options) 
         "completion_tokens": [sum(each.lengths) for each in works],
         "prompt_tokens": [each.prompt_tokens for each in works],
         "rows": [len(each.lengths) for each in works],
-        "token_budget": budget,
+        "token_budget": budgets,
     }
 
 

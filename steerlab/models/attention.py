@@ -142,21 +142,31 @@ class Segment:
         return len(self.slots) // self.n_rows
 
 
+SPAN = 128  # queries of a row at a time: keys behind them are not multiplied
+
+
 class Stream:
     """Segments in one row of tokens; gradients flow to keys and values of shared prefixes from every row.
 
-    keep: called with (layer, keys, values), each (kv_head, slot, d), where a prefill wants them.
+    keep: called with (layer, keys, values), each (kv_head, slot, d), where a prefill wants them. fused: softmax by
+    kernels (`fused.able`), where there is no soft cap.
     """
 
-    def __init__(self, blocks: Sequence[Segment], keep: Callable[[int, Tensor, Tensor], None] | None = None) -> None:
-        self.blocks, self.keep = tuple(blocks), keep
+    def __init__(
+        self,
+        blocks: Sequence[Segment],
+        keep: Callable[[int, Tensor, Tensor], None] | None = None,
+        fused: bool = False,
+    ) -> None:
+        self.blocks, self.keep, self.fused = tuple(blocks), keep, fused
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
         if self.keep is not None:
             self.keep(layer, key[0], value[0])
         heads, kv_heads = query.shape[1], key.shape[1]
         grouped = query[0].unflatten(0, (kv_heads, heads // kv_heads))
-        mixed: Tensor = _StreamAttention.apply(grouped, key[0], value[0], self.blocks, rule)  # type: ignore[assignment]
+        fused = self.fused and rule.softcap is None
+        mixed: Tensor = _StreamAttention.apply(grouped, key[0], value[0], self.blocks, rule, fused)  # type: ignore[assignment]
         return mixed.flatten(0, 1)[None]
 
 
@@ -164,13 +174,14 @@ class _StreamAttention(torch.autograd.Function):
     """query (kv_head, repeat, slot, d), key and value (kv_head, slot, d) → (kv_head, repeat, slot, d)."""
 
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: tuple[Segment, ...], rule: Rule) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, blocks: tuple[Segment, ...], rule: Rule, fused: bool
+    ) -> Tensor:
         out = query.new_empty(*query.shape[:3], value.shape[-1])
         for block in blocks:
-            taken = _Block(block, rule, query, key, value)
-            out[:, :, block.start : block.stop] = taken.unpadded(taken.mixed(taken.pattern()))
+            out[:, :, block.start : block.stop] = _Block(block, rule, fused, query, key, value).mixed()
         ctx.save_for_backward(query, key, value)
-        ctx.blocks, ctx.rule = blocks, rule
+        ctx.blocks, ctx.rule, ctx.fused = blocks, rule, fused
         return out
 
     @staticmethod
@@ -178,16 +189,17 @@ class _StreamAttention(torch.autograd.Function):
         query, key, value = ctx.saved_tensors
         d_query, d_key, d_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
         for block in ctx.blocks:
-            taken = _Block(block, ctx.rule, query, key, value)
+            taken = _Block(block, ctx.rule, ctx.fused, query, key, value)
             taken.add_gradients(grads[0], d_query, d_key, d_value)
-        return d_query, d_key, d_value, None, None
+        return d_query, d_key, d_value, None, None, None
 
 
 class _Block:
-    """One block at work; k = kv heads, r = rows, h = query heads per kv head, c = padded row length, p = prefix."""
+    """One block at work, some queries of every row at a time; k = kv heads, r = rows, h = query heads per kv head,
+    c = padded row length, p = prefix, q = queries at a time."""
 
-    def __init__(self, rows: Segment, rule: Rule, query: Tensor, key: Tensor, value: Tensor) -> None:
-        self.rows, self.rule = rows, rule
+    def __init__(self, rows: Segment, rule: Rule, fused: bool, query: Tensor, key: Tensor, value: Tensor) -> None:
+        self.rows, self.rule, self.fused = rows, rule, fused
         self.k, self.h, self.d = query.shape[0], query.shape[1], query.shape[3]
         self.r, self.c = rows.n_rows, rows.width
         self.query = self.padded(query)
@@ -197,73 +209,108 @@ class _Block:
         self.prefix_key, self.prefix_value = key[:, first:last], value[:, first:last]
 
     def padded(self, x: Tensor) -> Tensor:
-        """(k, h, slot, d) → (k, r·h·c, d)."""
-        taken = x.index_select(2, self.rows.slots).unflatten(2, (self.r, self.c))
-        return taken.transpose(1, 2).reshape(self.k, -1, x.shape[-1])
+        """(k, h, slot, d) → (k, r, h, c, d)."""
+        return x.index_select(2, self.rows.slots).unflatten(2, (self.r, self.c)).transpose(1, 2).contiguous()
 
     def padded_keys(self, x: Tensor) -> Tensor:
         """(k, slot, d) → (k·r, c, d)."""
         return x.index_select(1, self.rows.slots).view(self.k * self.r, self.c, -1)
 
     def unpadded(self, x: Tensor) -> Tensor:
-        """(k, r·h·c, d) → (k, h, slots of the block, d)."""
-        rows = x.view(self.k, self.r, self.h, self.c, -1).transpose(1, 2).reshape(self.k, self.h, self.r * self.c, -1)
+        """(k, r, h, c, d) → (k, h, slots of the block, d)."""
+        rows = x.transpose(1, 2).reshape(self.k, self.h, self.r * self.c, -1)
         return rows.index_select(2, self.rows.places)
 
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """Queries first … last − 1 of every row."""
+        for first in range(0, self.c, SPAN):
+            yield first, min(first + SPAN, self.c)
+
+    def some(self, x: Tensor, span: tuple[int, int]) -> Tensor:
+        """(k, r, h, c, d) → (k, r·h·q, d), the queries of one span."""
+        return x[:, :, :, slice(*span)].reshape(self.k, -1, x.shape[-1])
+
     def products(self, x: Tensor, prefix: Tensor, own: Tensor) -> Tensor:
-        """x · [prefix; own]ᵀ per row: (k, r·h·c, p + c)."""
-        scores = x.new_empty(*x.shape[:2], self.p + self.c)
+        """x · [prefix; own]ᵀ per row: (k, r·h·q, p + keys)."""
+        scores = x.new_empty(*x.shape[:2], self.p + own.shape[1])
         if self.p:
             scores[..., : self.p] = torch.bmm(x, prefix.transpose(1, 2))
-        by_row = torch.bmm(x.view(self.k * self.r, self.h * self.c, -1), own.transpose(1, 2))
-        scores[..., self.p :] = by_row.view(*x.shape[:2], self.c)
+        by_row = torch.bmm(x.view(self.k * self.r, -1, x.shape[-1]), own.transpose(1, 2))
+        scores[..., self.p :] = by_row.view(*x.shape[:2], -1)
         return scores
 
-    def pattern(self) -> Tensor:
-        """Softmax of the masked scores, in at least fp32."""
-        scores = self.products(self.query * self.rule.scale, self.prefix_key, self.key)
+    def pattern(self, span: tuple[int, int]) -> Tensor:
+        """Softmax of the masked scores; in at least fp32, but rounded where a kernel does it."""
+        first, last = span
+        asked, keys = self.some(self.query, span), self.key[:, :last]
+        if self.fused:
+            from steerlab.models import operators
+
+            scores = self.products(asked, self.prefix_key, keys)
+            return operators.causal_softmax_(scores, self.p + first, last - first, self.rule.window, self.rule.scale)
+        scores = self.products(asked * self.rule.scale, self.prefix_key, keys)
         if self.rule.softcap is not None:
             scores = torch.tanh(scores / self.rule.softcap) * self.rule.softcap
-        hidden = _hidden(self.p, self.c, self.rule.window, scores.device)
-        by_position = scores.view(-1, self.c, self.p + self.c)
+        hidden = _hidden(self.p + first, last - first, self.rule.window, scores.device)
+        by_position = scores.view(-1, last - first, self.p + last)
         by_position.masked_fill_(hidden, torch.finfo(scores.dtype).min)
         return torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
 
-    def mixed(self, pattern: Tensor) -> Tensor:
-        """Values mixed by the pattern: (k, r·h·c, d)."""
-        return self.weighted(pattern.to(self.value.dtype), self.prefix_value, self.value)
+    def mixed(self) -> Tensor:
+        """Values mixed by the pattern: (k, h, slots of the block, d)."""
+        out = self.value.new_empty(self.k, self.r, self.h, self.c, self.value.shape[-1])
+        for span in self.spans():
+            low = self.pattern(span).to(self.value.dtype)
+            self.put(out, span, self.weighted(low, self.prefix_value, self.value[:, : span[1]]))
+        return self.unpadded(out)
+
+    def put(self, out: Tensor, span: tuple[int, int], x: Tensor) -> None:
+        """The inverse of `some`, into `out`."""
+        out[:, :, :, slice(*span)] = x.view(self.k, self.r, self.h, span[1] - span[0], -1)
 
     def weighted(self, weights: Tensor, prefix: Tensor, own: Tensor) -> Tensor:
         """weights · [prefix; own] per row."""
-        by_row = weights[..., self.p :].reshape(self.k * self.r, self.h * self.c, self.c)
+        by_row = weights[..., self.p :].reshape(self.k * self.r, -1, own.shape[1])
         out = torch.bmm(by_row, own).view(self.k, -1, own.shape[-1])
         return out.baddbmm_(weights[..., : self.p], prefix) if self.p else out
 
     def add_gradients(self, grad: Tensor, d_query: Tensor, d_key: Tensor, d_value: Tensor) -> None:
-        """Backward of `mixed(pattern())` into the three gradients of the stream."""
-        pattern = self.pattern()
-        d_mixed = self.padded(grad)
-        d_mixed.view(self.k, self.r, self.h, self.c, -1).mul_(self.rows.real.view(1, self.r, 1, self.c, 1))
-        low = pattern.to(d_mixed.dtype)
-        d_pattern = self.products(d_mixed, self.prefix_value, self.value)
-        self.spread(low, d_mixed, d_value)
+        """Backward of `mixed` into the three gradients of the stream."""
+        d_mixed = self.padded(grad).mul_(self.rows.real.view(1, self.r, 1, self.c, 1))
+        d_asked, d_own_key, d_own_value = (torch.zeros_like(x) for x in (self.query, self.key, self.value))
+        for span in self.spans():
+            pattern, slope = self.pattern(span), self.some(d_mixed, span)
+            keys, values = self.key[:, : span[1]], self.value[:, : span[1]]
+            self.spread(pattern.to(slope.dtype), slope, d_own_value, d_value)
+            d_scores = self.d_scores(span, pattern, self.products(slope, self.prefix_value, values))
+            self.put(d_asked, span, self.weighted(d_scores, self.prefix_key, keys))
+            self.spread(d_scores, self.some(self.query, span), d_own_key, d_key)
+        at = slice(self.rows.start, self.rows.stop)
+        d_query[:, :, at] = self.unpadded(d_asked)
+        for own, total in ((d_own_key, d_key), (d_own_value, d_value)):
+            total[:, at] += own.view(self.k, self.r * self.c, -1).index_select(1, self.rows.places)
+
+    def d_scores(self, span: tuple[int, int], pattern: Tensor, d_pattern: Tensor) -> Tensor:
+        """Gradient of the products of queries and keys, in their dtype; `d_pattern` may be overwritten."""
+        if self.fused:
+            from steerlab.models import operators
+
+            scale = self.rule.scale
+            return operators.causal_softmax_back_(d_pattern, pattern, self.p + span[0], span[1] - span[0], scale)
         d_scores = (d_pattern - (d_pattern * pattern).sum(-1, keepdim=True)).mul_(pattern)
         if self.rule.softcap is not None:
-            raw = self.products(self.query * self.rule.scale, self.prefix_key, self.key)
+            asked = self.some(self.query, span) * self.rule.scale
+            raw = self.products(asked, self.prefix_key, self.key[:, : span[1]])
             d_scores *= 1 - torch.tanh(raw / self.rule.softcap) ** 2
-        low = d_scores.mul_(self.rule.scale).to(d_mixed.dtype)
-        at = slice(self.rows.start, self.rows.stop)
-        d_query[:, :, at] = self.unpadded(self.weighted(low, self.prefix_key, self.key))
-        self.spread(low, self.query, d_key)
+        return d_scores.mul_(self.rule.scale).to(d_pattern.dtype)
 
-    def spread(self, weights: Tensor, x: Tensor, out: Tensor) -> None:
-        """Adds weightsᵀ · x to the keys' slots of `out` (kv_head, slot, d)."""
-        by_row = weights[..., self.p :].reshape(self.k * self.r, self.h * self.c, self.c).transpose(1, 2)
-        own = torch.bmm(by_row, x.view(self.k * self.r, self.h * self.c, -1)).view(self.k, self.r * self.c, -1)
-        out[:, self.rows.start : self.rows.stop] += own.index_select(1, self.rows.places)
+    def spread(self, weights: Tensor, x: Tensor, own: Tensor, total: Tensor) -> None:
+        """Adds weightsᵀ · x to the rows' keys in `own` (k·r, c, d), and to the prefix's in `total` (k, slot, d)."""
+        by_row = weights[..., self.p :].reshape(self.k * self.r, -1, weights.shape[-1] - self.p).transpose(1, 2)
+        own[:, : by_row.shape[1]] += torch.bmm(by_row, x.view(self.k * self.r, -1, x.shape[-1]))
         if self.p:
             first, last = self.rows.prefix
-            out[:, first:last].baddbmm_(weights[..., : self.p].transpose(1, 2), x)
+            total[:, first:last].baddbmm_(weights[..., : self.p].transpose(1, 2), x)
 
 
 @lru_cache(maxsize=8)  # a mask of a long context takes megabytes

@@ -10,13 +10,14 @@ but the prompt's memory.
 A static `Decoding` does the same operators on the same memory at every step, places not yet written being hidden, and
 asks the device for nothing: a step can be captured (`graphs.py`).
 
-On a CPU a bf16 model's keys and values are held, and attention is computed, in fp32: for products this small it is
-faster, and scores are not rounded.
+On a CPU attention of a bf16 model is computed in fp32: for products this small it is faster, and scores are not
+rounded. Keys and values are held so too; `ByRow` holds them as the model wrote them, since they come from memory at
+every step, and in the order that its kernel reads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,7 +76,7 @@ class Decoding:
     static: see above."""
 
     def __init__(
-        self, prompt: Sequence[UnitKeys], sharing: Sequence[Sharing], capacity: int, static: bool = False
+        self, prompt: Iterable[UnitKeys], sharing: Sequence[Sharing], capacity: int, static: bool = False
     ) -> None:
         self.prompt, self.sharing, self.capacity = [_working(keys) for keys in prompt], list(sharing), capacity
         self.own: list[tuple[Tensor, Tensor] | None] = [None] * len(self.prompt)
@@ -177,8 +178,11 @@ class Decoding:
 class ByRow:
     """The same arguments, and the same plan."""
 
-    def __init__(self, prompt: Sequence[UnitKeys], sharing: Sequence[Sharing], capacity: int) -> None:
-        self.prompt, self.capacity = [_working(keys) for keys in prompt], capacity
+    def __init__(self, prompt: Iterable[UnitKeys], sharing: Sequence[Sharing], capacity: int) -> None:
+        from steerlab.models import operators
+
+        self.prompt = [(operators.keys_in_blocks(x.key), operators.padded_values(x.value)) for x in prompt]
+        self.capacity = capacity
         self.own: list[tuple[Tensor, Tensor] | None] = [None] * len(self.prompt)
         self.unit, self.lengths = [s.unit for s in sharing], [s.all_lengths for s in sharing]
         self.places = len(self.unit[0])
@@ -198,18 +202,15 @@ class ByRow:
         from steerlab.models import operators
 
         prompt, own = self.prompt[layer], self.own[layer]
-        if own is None:
-            shape = self.places, key.shape[1], self.capacity  # rows may have left before the first step
-            like = prompt.key
-            own = self.own[layer] = like.new_empty(*shape, key.shape[3]), like.new_empty(*shape, value.shape[3])
-        slots = prompt.key.shape[2] + self.capacity
-        needed = operators.scratch_size(query.shape[0], query.shape[1], slots, key.shape[3], value.shape[3])
+        if own is None:  # for all places: rows may have left before the first step
+            room = self.places, key.shape[1], self.capacity
+            own = self.own[layer] = operators.room_for_keys(key, *room), operators.room_for_values(value, *room)
+        needed = operators.scratch_size(query.shape[0], query.shape[1], key.shape[3], prompt[1], own[1])
         if len(self.scratch) < needed:
-            self.scratch = prompt.key.new_empty(needed)
+            self.scratch = torch.empty(needed, dtype=operators.working(key.dtype))
         index = self.unit[layer], self.place, self.lengths[layer]
-        pair = prompt.key, prompt.value
         return operators.attend(
-            query, key, value, pair, own, index, self.filled, rule.scale, rule.softcap, rule.window, self.scratch
+            query, key, value, prompt, own, index, self.filled, rule.scale, rule.softcap, rule.window, self.scratch
         )
 
 

@@ -48,9 +48,9 @@ class Fused:
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """Inside the `with` kernels take the place of the family's operators."""
-        from steerlab.models import kernels, operators
+        from steerlab.models import numbers, operators
 
-        kernels.use_threads()
+        numbers.use_threads()
         before = getattr(self.source, ROTATION, None)
         with swapped([*self.norms, *self.gates]):
             if self.source is not None:

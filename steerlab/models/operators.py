@@ -1,4 +1,4 @@
-"""RMS norm, gate, rotary embedding and attention of a decode step as torch functions on `kernels.py`, for a CPU.
+"""RMS norm, gate, rotary embedding and attention of a decode step as torch functions on kernels, for a CPU.
 
 Differentiable where training needs it, once and by hand: an operator keeps its inputs and nothing else. Leaves out:
 gradients of weights (models are frozen) and second derivatives.
@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
-from steerlab.models import kernels
+from steerlab.models import attention_kernels, kernels, numbers
+from steerlab.models.vectors import CHUNK, LANES
 
 _STORED = {torch.bfloat16: np.uint16(0), torch.float32: np.float32(0), torch.float64: np.float64(0)}
 _EXACT = {torch.bfloat16: np.float32, torch.float32: np.float32, torch.float64: np.float64}
@@ -175,12 +176,37 @@ def rotate(
     return _rotated(query, key, cos, sin, 1)
 
 
+def keys_in_blocks(key: Float[Tensor, "*batch slot d"]) -> Float[Tensor, "*batch block d lane"]:
+    """As `attend` reads keys: LANES slots side by side, zeros behind the last."""
+    blocks = nn.functional.pad(key, (0, 0, 0, -key.shape[-2] % LANES)).unflatten(-2, (-1, LANES))
+    return blocks.transpose(-1, -2).contiguous()
+
+
+def padded_values(value: Float[Tensor, "*batch slot d_value"]) -> Float[Tensor, "*batch padded_slot padded"]:
+    """As `attend` reads values: zeros behind each and behind the last."""
+    behind = -value.shape[-1] % (LANES * CHUNK), -value.shape[-2] % LANES
+    return nn.functional.pad(value, (0, behind[0], 0, behind[1])).contiguous()
+
+
+def room_for_keys(like: Tensor, places: int, kv_heads: int, slots: int) -> Tensor:
+    """Room for keys as `attend` reads them, nothing written. like: keys, (…, d)."""
+    return like.new_empty(places, kv_heads, -(-slots // LANES), like.shape[-1], LANES)
+
+
+def room_for_values(like: Tensor, places: int, kv_heads: int, slots: int) -> Tensor:
+    """The same for values, (…, d_value), with zeros behind each."""
+    width = like.shape[-1]
+    behind = -width % (LANES * CHUNK)
+    make = like.new_zeros if behind else like.new_empty
+    return make(places, kv_heads, -(-slots // LANES) * LANES, width + behind)
+
+
 def attend(
     query: Float[Tensor, "row head one d"],
     key: Float[Tensor, "row kv_head one d"],
     value: Float[Tensor, "row kv_head one d_value"],
-    prompt: tuple[Float[Tensor, "unit kv_head slot d"], Float[Tensor, "unit kv_head slot d_value"]],
-    own: tuple[Float[Tensor, "place kv_head own_slot d"], Float[Tensor, "place kv_head own_slot d_value"]],
+    prompt: tuple[Float[Tensor, "unit kv_head block d lane"], Float[Tensor, "unit kv_head slot padded"]],
+    own: tuple[Float[Tensor, "place kv_head own_block d lane"], Float[Tensor, "place kv_head own_slot padded"]],
     index: tuple[Int[Tensor, " row"], Int[Tensor, " row"], Int[Tensor, " unit"]],
     filled: int,
     scale: float,
@@ -190,8 +216,9 @@ def attend(
 ) -> Float[Tensor, "row head one d_value"]:
     """Attention of one new token per row; its key and value become slot `filled` − 1 of the row's own.
 
-    prompt: keys and values of each unit, own: of each place, in the dtype that is computed in. index: unit of each row,
-    place of each row, tokens of each unit. window: keys seen, None for all. scratch: `scratch_size` numbers or more.
+    prompt, own: keys and values of each unit and of each place, from `keys_in_blocks` and `padded_values`, in the dtype
+    of `key`. index: unit of each row, place of each row, tokens of each unit. window: keys seen, None for all. scratch:
+    `scratch_size` numbers or more. d is even (it is turned).
     """
     (rows, heads, _, d), d_value, dtype = query.shape, value.shape[3], query.dtype
     strides = tuple(_stride(x, 3) if x.stride(3) == 1 and x.stride(1) == x.shape[3] else None for x in (key, value))
@@ -199,24 +226,50 @@ def attend(
         key, value, strides = key.contiguous(), value.contiguous(), (key[0].numel(), value[0].numel())
     query, exact = query.contiguous(), _EXACT[dtype]
     out = torch.empty(rows, heads, 1, d_value, dtype=dtype)
-    n_scores = rows * heads * (prompt[0].shape[2] + own[0].shape[2])
-    room = 0, n_scores, n_scores + rows * heads * d
-    (units, n_kv, prompt_slots, _), (places, _, own_slots, _) = prompt[0].shape, own[0].shape
-    kernels.attend(
+    (units, n_kv, prompt_slots, padded), (places, _, own_slots, _) = prompt[1].shape, own[1].shape
+    n_scores = rows * heads * (prompt_slots + own_slots + LANES)
+    room, repeat = (0, n_scores, n_scores + rows * heads * d), heads // n_kv
+    attention_kernels.attend(
+        (0,) * max(n for n in (1, 2, 3, 4) if repeat % n == 0),
         tuple(x.data_ptr() for x in (query, key, value, out)),
         strides,
         (prompt[0].data_ptr(), prompt[1].data_ptr()),
         (own[0].data_ptr(), own[1].data_ptr()),
         tuple(x.data_ptr() for x in index),
-        (rows, heads, n_kv, d, d_value, units, prompt_slots, places, own_slots, filled),
+        (rows, heads, n_kv, d, d_value, padded, units, prompt_slots, places, own_slots, filled),
+        (dtype.itemsize, scratch.element_size()),
         exact(scale),
         exact(softcap or 0),
         window or 0,
-        kernels.n_threads(),
+        numbers.n_threads(),
         tuple(scratch.data_ptr() + at * scratch.element_size() for at in room),
         _STORED[dtype],
     )
     return out
+
+
+def causal_softmax_(
+    scores: Float[Tensor, "kv_head query key"], first: int, span: int, window: int | None, scale: float
+) -> Float[Tensor, "kv_head query key"]:
+    """Softmax of scale · scores over the keys that each query sees, in place; see `attention_kernels`."""
+    dtype, shape = scores.dtype, (scores.shape[0] * scores.shape[1], scores.shape[2])
+    at, exact = scores.data_ptr(), _EXACT[dtype](scale)
+    attention_kernels.causal_softmax(at, shape, first, span, window or 0, exact, _STORED[dtype])
+    return scores
+
+
+def causal_softmax_back_(
+    grad: Float[Tensor, "kv_head query key"],
+    pattern: Float[Tensor, "kv_head query key"],
+    first: int,
+    span: int,
+    scale: float,
+) -> Float[Tensor, "kv_head query key"]:
+    """Its derivative: the gradient of a pattern becomes that of the scores, in place."""
+    dtype, shape = grad.dtype, (grad.shape[0] * grad.shape[1], grad.shape[2])
+    at = grad.data_ptr(), pattern.data_ptr()
+    attention_kernels.causal_softmax_back(*at, shape, first, span, _EXACT[dtype](scale), _STORED[dtype])
+    return grad
 
 
 def logprobs(
@@ -231,6 +284,6 @@ def logprobs(
     return out
 
 
-def scratch_size(rows: int, heads: int, slots: int, d: int, d_value: int) -> int:
-    """Numbers that `attend` needs room for; slots: of a prompt and of a row's own together."""
-    return rows * heads * (slots + d + d_value)
+def scratch_size(rows: int, heads: int, d: int, prompt_value: Tensor, own_value: Tensor) -> int:
+    """Numbers that `attend` needs room for, in the dtype that is computed in."""
+    return rows * heads * (prompt_value.shape[2] + own_value.shape[2] + LANES + d + own_value.shape[3])

@@ -98,7 +98,7 @@ def teacher_forced(model: LanguageModel, attached: Attached | None, batch: Rollo
         attached.place(torch.zeros_like(packed.layout.position), packed.layout)
     hidden = planned(
         model,
-        Stream(packed.segments),
+        Stream(packed.segments, fused=model.kernels == "fused"),
         packed.tokens,
         packed.layout.position,
         block=0 if kept is None else kept.block,

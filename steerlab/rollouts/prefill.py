@@ -38,7 +38,7 @@ class Prefilled:
 
     def plan(self, names: Sequence[Unit], capacity: int, model: LanguageModel) -> Decoding | ByRow:
         """The plan of rows that continue the units `names`, as `model` computes; empties `keys` layer by layer."""
-        prompt: list[UnitKeys] = []
+        prompt: list[list[tuple[Tensor, Tensor]]] = []
         sharing: list[Sharing] = []
         shared: dict[tuple[int, ...], Sharing] = {}
         distinct = list(dict.fromkeys(names))
@@ -51,11 +51,17 @@ class Prefilled:
                 rows = torch.tensor([at[unit[name]] for name in names], device=device)
                 shared[places] = Sharing(rows, torch.tensor([key.shape[1] for key, _ in pairs], device=device))
             sharing.append(shared[places])
-            prompt.append(_padded(pairs))
+            prompt.append(pairs)
             self.keys[layer] = []
+
+        def padded() -> Iterator[UnitKeys]:
+            """Layer by layer: there is never a second copy of all keys."""
+            while prompt:
+                yield _padded(prompt.pop(0))
+
         if model.kernels == "fused":
-            return ByRow(prompt, sharing, capacity)
-        return Decoding(prompt, sharing, capacity, static=model.steps == "captured")
+            return ByRow(padded(), sharing, capacity)
+        return Decoding(padded(), sharing, capacity, static=model.steps == "captured")
 
 
 def _padded(pairs: Sequence[tuple[Tensor, Tensor]]) -> UnitKeys:
@@ -161,13 +167,21 @@ class Reader:
         def keep_keys(layer: int, key: Tensor, value: Tensor) -> None:
             place = len(found.keys[layer])
             for i, (start, stop) in enumerate(bounds):
-                found.keys[layer].append((key[:, start:stop], value[:, start:stop]))
+                # Copies: a view would keep alive what was computed together with it (queries, for one).
+                found.keys[layer].append((key[:, start:stop].clone(), value[:, start:stop].clone()))
                 found.unit[layer][part[i]] = place + i
 
         segments = [Segment.of(start, (stop - start,), (0, 0), device) for start, stop in bounds]
         seen: dict[int, Tensor] = {}
         with hooks.written(model, {seam: partial(_note, seen, seam) for seam in seams if seam >= max(block, 1)}):
-            hidden = planned(model, Stream(segments, keep_keys), tokens, layout.position, block=block, written=entry)
+            hidden = planned(
+                model,
+                Stream(segments, keep_keys, model.kernels == "fused"),
+                tokens,
+                layout.position,
+                block=block,
+                written=entry,
+            )
         return hidden, seen
 
 

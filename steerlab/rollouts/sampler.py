@@ -248,10 +248,10 @@ class _Decoding:
         shape = n, limit, model.d_model
         self.written = torch.empty(shape, dtype=model.dtype, device=device) if kept.any() else None
         # What is drawn greedily or from a nucleus teaches nothing; a soft cap would want logits from before it.
-        own = sampling.temperature > 0 and sampling.top_p == 1 and model.logit_softcap is None
-        self.slopes = torch.zeros(shape, dtype=model.dtype, device=device) if keep and own else None
+        sloping = keep and sampling.temperature > 0 and sampling.top_p == 1 and model.logit_softcap is None
+        self.slopes = torch.zeros(shape, dtype=model.dtype, device=device) if sloping else None
         self.pending: list[tuple[Tensor, Tensor]] = []
-        self.gathered = model.unembedding.weight.new_empty(CHUNK_TOKENS + n, model.d_vocab) if keep and own else None
+        self.gathered = model.unembedding.weight.new_empty(CHUNK_TOKENS + n, model.d_vocab) if sloping else None
         self.seams = {int(seam): kept == seam for seam in torch.unique(kept) if seam > 0}
         self.keep_only(self.alive)
 
@@ -342,7 +342,7 @@ class _Decoding:
         projected at once (torch lays the weights out anew at every product), in a captured step its own."""
         temperature, fused = self.sampling.temperature, self.model.kernels == "fused"
         _, slope = logit_slopes(logits, token, temperature, None, fused)
-        assert slope is not None
+        assert slope is not None and self.gathered is not None
         n = sum(len(rows) for rows, _ in self.pending)
         self.gathered[n : n + len(token)] = slope
         self.pending.append((self.alive, self.drawn.expand(len(token)).clone()))
@@ -351,7 +351,7 @@ class _Decoding:
 
     def project(self) -> None:
         """Put the slopes that are pending in their places."""
-        if self.slopes is None or not self.pending:
+        if self.slopes is None or self.gathered is None or not self.pending:
             return
         rows, places = (torch.cat(parts) for parts in zip(*self.pending, strict=True))
         self.slopes[rows, places] = (

@@ -27,6 +27,9 @@ class SourceSpec(Protocol):
     @property
     def task(self) -> Task: ...
 
+    @property
+    def longest_completion(self) -> int: ...
+
     def open(self, policy: Policy, seed: int, ledger: CostLedger, world: World = ALONE) -> Source: ...
 
 

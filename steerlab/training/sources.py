@@ -122,6 +122,11 @@ class Rollouts:
                 "temperature is 0 (greedy): all samples of a prompt are the same; train at a temperature above 0"
             )
 
+    @property
+    def longest_completion(self) -> int:
+        """In tokens."""
+        return self.sampling.max_new_tokens
+
     def open(self, policy: Policy, seed: int, ledger: CostLedger, world: World = ALONE) -> RolloutSource:
         """The source of one run; in a world of several processes, of this process's share of every step's prompts.
 

@@ -256,7 +256,10 @@ class Trainer:
         self.put_in_force()
         # Of the memory that the packed copy leaves.
         budget = self.experiment.token_budget or memory.budget_for(
-            self.policy.model, self.world.local_size, self.adapter.keeps_inputs
+            self.policy.model,
+            self.experiment.source.longest_completion,
+            self.world.local_size,
+            self.adapter.keeps_inputs,
         )
         smallest = min(self.world.gather(budget))
 

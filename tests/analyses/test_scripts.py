@@ -166,7 +166,7 @@ def test_layers(benchmarks: Path, tmp_path: Path) -> None:
     rows = module.main(module.Options(tmp_path, scale="tiny", dtypes=("fp32",), layers=(0, 3, 9), repeats=1, threads=1))
     assert [row["case"] for row in rows] == ["all", "layer 0", "layer 3"]  # a tiny model has no layer 9
     assert rows[0]["ratio"] == rows[0]["share_of_all"] == 1 and rows[2]["predicted"] < rows[1]["predicted"] == 1
-    assert rows[0]["verdict"] is None and rows[1]["verdict"] == module.verdict(rows[1]["ratio"])
+    assert rows[0]["verdict"] is None and rows[1]["verdict"] == module.verdict(rows[1]["step_ratio"])
     assert rows[2]["ratio"] == pytest.approx(rows[2]["share_of_all"] / rows[2]["predicted"])
     assert [module.verdict(ratio) for ratio in (0.84, 0.86, 0.91, 1.09, 1.14, 1.16)] == [
         *("missed", "must met", "aim met"),

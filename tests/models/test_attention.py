@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from steerlab.models import LanguageModel, tiny
+from steerlab.models import LanguageModel, attention, tiny
 from steerlab.models.attention import Rule, Segment, Stream, attending
 from steerlab.models.forward import planned
 
@@ -59,11 +59,14 @@ def plainly(query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
 RULES = [Rule(0.3), Rule(0.3, softcap=2.0), Rule(0.5, window=3), Rule(1.0, softcap=1.0, window=2), Rule(1.0, window=1)]
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("span", [1, 2, 128])
 @pytest.mark.parametrize("rule", RULES, ids=str)
-def test_forward_and_every_gradient(rule: Rule) -> None:
+def test_forward_and_every_gradient(rule: Rule, span: int, fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "SPAN", span)
     ours, theirs = drawn(), drawn()
     weights = torch.randn(1, KV_HEADS * REPEAT, N_SLOTS, D_VALUE, generator=torch.Generator().manual_seed(5)).double()
-    a, b = Stream(SEGMENTS).attend(0, *ours, rule), plainly(*theirs, rule)
+    a, b = Stream(SEGMENTS, fused=fused).attend(0, *ours, rule), plainly(*theirs, rule)
     assert torch.allclose(a, b, rtol=0, atol=1e-12)
     (a * weights).sum().backward()
     # In the written-out form a shared slot is put once per sequence; the last one counts, all are equal.

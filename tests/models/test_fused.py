@@ -105,20 +105,23 @@ def test_nothing_that_is_not_a_number_is_lost() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rule", [Rule(0.3), Rule(0.3, softcap=2.0), Rule(0.3, window=4)])
-@pytest.mark.parametrize("leave", [0, 5])
-def test_rows_attend_as_seats_do(dtype: torch.dtype, rule: Rule, leave: int) -> None:
+@pytest.mark.parametrize("rule", [Rule(0.3), Rule(0.3, softcap=2.0), Rule(0.3, window=4), Rule(0.3, window=25)])
+@pytest.mark.parametrize(("leave", "repeat", "d_value"), [(0, 2, 8), (5, 3, 40), (40, 1, 32), (30, 5, 8)])
+def test_rows_attend_as_seats_do(dtype: torch.dtype, rule: Rule, leave: int, repeat: int, d_value: int) -> None:
     """Prompts of unequal length, query heads that share keys, rows that end: `ByRow` is `Decoding`."""
-    prompt = [UnitKeys(randn(3, 2, 7, 8, dtype=dtype, seed=i), randn(3, 2, 7, 8, dtype=dtype, seed=9)) for i in (0, 1)]
-    sharing = Sharing(torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([3, 5, 7]))
-    plans = [kind(prompt, [sharing, sharing], 9) for kind in (Decoding, ByRow)]
+    prompt = [
+        UnitKeys(randn(3, 2, 37, 8, dtype=dtype, seed=i), randn(3, 2, 37, d_value, dtype=dtype, seed=9)) for i in (0, 1)
+    ]
+    sharing = Sharing(torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([3, 16, 37]))
+    plans = [kind(prompt, [sharing, sharing], 45) for kind in (Decoding, ByRow)]
     rows = 6
-    for t in range(9):
+    for t in range(45):
         if t == leave:
             for plan in plans:
                 plan.select(torch.tensor([0, 2, 5]))
             rows = 3
-        query, value = randn(rows, 4, 1, 8, dtype=dtype, seed=t), randn(rows, 2, 1, 8, dtype=dtype, seed=50 + t)
+        query = randn(rows, 2 * repeat, 1, 8, dtype=dtype, seed=t)
+        value = randn(rows, 2, 1, d_value, dtype=dtype, seed=50 + t)
         key = randn(rows, 1, 40, dtype=dtype, seed=90 + t)[..., 8:24].view(rows, 1, 2, 8).transpose(1, 2)
         for plan in plans:
             plan.advance()
@@ -225,9 +228,9 @@ def test_as_many_threads_as_torch_which_keeps_its_own() -> None:
     """In a process of its own: numba sets OpenMP's number of threads when it starts."""
     words = [
         "import torch; torch.set_num_threads(1)",
-        "from steerlab.models import kernels, operators",
+        "from steerlab.models import numbers, operators",
         "operators.rms_norm(torch.ones(3, 8), torch.ones(8), 1e-6)",
-        "print(kernels.n_threads(), torch.get_num_threads())",
+        "print(numbers.n_threads(), torch.get_num_threads())",
     ]
     done = subprocess.run([sys.executable, "-c", "\n".join(words)], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["1", "1"]

@@ -187,7 +187,7 @@ def test_the_budget_is_of_what_the_packed_copy_leaves(
         trainer = Trainer(experiment, Policy(model, experiment.adapter.init(model)), run)
         trainer.settle()
         assert model.products == "packed" and len(copies) == 1
-        assert trainer.engine["token_budget"] == memory.budget(3 * size, rule(model), model.d_vocab)
+        assert trainer.engine["token_budget"] == memory.budget(3 * size, rule(model), model.d_vocab, cap=memory.cap(6))
 
 
 class Clock:
@@ -258,8 +258,8 @@ def test_adapters_that_keep_inputs_get_fewer_tokens_at_a_time(
     tiny_llama: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "free_memory_bytes", lambda: 10_000_000)
-    fewer = memory.budget_for(tiny_llama, keeps_inputs=True)
-    assert fewer == pytest.approx(memory.budget_for(tiny_llama) / memory.KEPT_INPUTS, abs=1)
+    fewer = memory.budget_for(tiny_llama, 6, keeps_inputs=True)
+    assert fewer == pytest.approx(memory.budget_for(tiny_llama, 6) / memory.KEPT_INPUTS, abs=1)
 
 
 def test_the_rule() -> None:
@@ -267,6 +267,7 @@ def test_the_rule() -> None:
     assert each == 30 * (8 * 576 + 2 * 192 + 4 * 1536) * 2
     d_vocab, head = 49_152, CHUNK_TOKENS * 49_152 * 12
     assert memory.budget(None, each, d_vocab) == memory.CAP_TOKENS == memory.budget(10**12, each, d_vocab)
+    assert memory.budget(None, each, d_vocab, cap=memory.cap(512)) == 640 + 4 * 512
     assert memory.budget(2 * (500 * each + head), each, d_vocab) == 500
     assert memory.budget(4 * (500 * each + head), each, d_vocab, processes=2) == 500
     assert memory.budget(0, each, d_vocab) == memory.budget(-5, each, d_vocab) == 1
