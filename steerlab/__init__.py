@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from steerlab.execute import execute as train
     from steerlab.execute import resume
     from steerlab.interp.logit_lens import logit_lens
+    from steerlab.interp.persistence import persistence
+    from steerlab.interp.residual_lens import residual_lens
+    from steerlab.interp.texts import Text
+    from steerlab.interp.token_effects import token_effects
     from steerlab.models import LanguageModel, Site
     from steerlab.models import load as load_model
     from steerlab.recipes import RECIPES, rloo
@@ -38,15 +42,19 @@ _HOMES = {
     "Site": "steerlab.models:Site",
     "Steering": "steerlab.adapters:Steering",
     "SteeringVectors": "steerlab.adapters:SteeringVectors",
+    "Text": "steerlab.interp.texts:Text",
     "UsageError": "steerlab.errors:UsageError",
     "evaluate": "steerlab.rollouts:evaluate",
     "load_model": "steerlab.models:load",
     "load_vectors": "steerlab.adapters.formats:load",
     "logit_lens": "steerlab.interp.logit_lens:logit_lens",
     "make_task": "steerlab.tasks:make",
+    "persistence": "steerlab.interp.persistence:persistence",
+    "residual_lens": "steerlab.interp.residual_lens:residual_lens",
     "resume": "steerlab.execute:resume",
     "rloo": "steerlab.recipes:rloo",
     "sweep_layers": "steerlab.sweep:sweep_layers",
+    "token_effects": "steerlab.interp.token_effects:token_effects",
     "train": "steerlab.execute:execute",
 }
 
@@ -64,15 +72,19 @@ __all__ = [
     "Site",
     "Steering",
     "SteeringVectors",
+    "Text",
     "UsageError",
     "evaluate",
     "load_model",
     "load_vectors",
     "logit_lens",
     "make_task",
+    "persistence",
+    "residual_lens",
     "resume",
     "rloo",
     "sweep_layers",
+    "token_effects",
     "train",
 ]
 

@@ -8,31 +8,29 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from steerlab.command_line.arguments import parse, say, summary, task_options, two_columns
+from steerlab.command_line import readouts
+from steerlab.command_line.arguments import (
+    RUN_OR_NOTHING,
+    OtherWeights,
+    RunFolder,
+    RunOrVectors,
+    TaskOptions,
+    parse,
+    say,
+    summary,
+    task_options,
+)
+from steerlab.command_line.terminal import console, tell, tell_names
 from steerlab.errors import RunFailed, UsageError, unknown
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from steerlab.runs import Run
-
-RunFolder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="Folder of a run.", metavar="FOLDER")]
-RunOrVectors = Annotated[
-    str,
-    tyro.conf.Positional,
-    tyro.conf.arg(help="Folder of a run, or a .safetensors or .npy file of vectors.", metavar="RUN"),
-]
-RUN_OR_NOTHING = tyro.conf.arg(help="A run or a file of vectors; nothing for a base model.", metavar="RUN")
-OtherWeights = Annotated[bool, tyro.conf.arg(help="Use the vectors though they were trained on other weights.")]
-TaskOptions = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], say("task_option")]
 
 
 class Stopped(Exception):
@@ -66,11 +64,6 @@ def complain(said: object, code: int) -> int:
     return code
 
 
-def tell(text: str) -> None:
-    """One line (or page) on stdout, as it is."""
-    print(text)  # noqa: T201 - the only place that prints
-
-
 def dispatch(words: list[str]) -> int:
     """Find the command and call it with its options."""
     if not words or words[0] in ("-h", "--help", "help"):
@@ -86,11 +79,6 @@ def dispatch(words: list[str]) -> int:
     if name == "train":
         return train(rest)
     return int(parse(COMMANDS[name], rest, f"steerlab {name}") or 0)
-
-
-def tell_names(rows: Sequence[tuple[str, str]]) -> None:
-    """Names and what they are, wrapped to the terminal."""
-    tell(two_columns(rows, shutil.get_terminal_size((120, 24)).columns))
 
 
 def overview() -> int:
@@ -274,34 +262,6 @@ def generate(
     return 0
 
 
-def lens(
-    run: RunOrVectors,
-    k: Annotated[int, tyro.conf.arg(help="Tokens at each end of the vocabulary.")] = 6,
-    readout: Annotated[Literal["cosine", "dot", "softmax"], tyro.conf.arg(help="How tokens are scored.")] = "cosine",
-    layers: Annotated[tuple[int, ...] | None, say("layers")] = None,
-    model: Annotated[str, say("model_of")] = "",
-    out: Annotated[str, tyro.conf.arg(help="Also write the whole table to this .csv or .parquet file.")] = "",
-    allow_other_weights: OtherWeights = False,
-) -> int:
-    """Show which tokens each vector points to and away from in the unembedding (logit lens)."""
-    from steerlab.command_line import show
-    from steerlab.command_line.subjects import subject
-    from steerlab.interp.logit_lens import logit_lens
-    from steerlab.runs import atomic_path
-
-    if out and Path(out).suffix not in (".csv", ".parquet"):
-        raise UsageError(f"{out} is no table; name a .csv or .parquet file")
-    about = subject(run, model, allow_other_weights=allow_other_weights)
-    vectors = about.vectors if layers is None else about.vectors.select(layers)
-    table = logit_lens(vectors, about.model.unembedding.weight, about.model.tokenizer, k, (readout,))
-    show.lens(console(), table, vectors)
-    if out:
-        with atomic_path(out) as path:
-            (table.to_csv if path.suffix == ".csv" else table.to_parquet)(path, index=False)
-        tell(f"wrote {out}")
-    return 0
-
-
 def report(run: RunFolder) -> int:
     """Write report.html of a run again from its tables, and say where it is."""
     from steerlab.execute import write_report
@@ -362,20 +322,15 @@ def tasks(
     return 0
 
 
-def console() -> Console:
-    """Where results and progress go: standard output, plain where it is no terminal."""
-    from rich.console import Console
-
-    return Console()
-
-
 COMMANDS: Mapping[str, Callable[..., int]] = {
     "quickstart": quickstart,
     "train": train,
     "resume": resume,
     "eval": evaluate,
     "generate": generate,
-    "lens": lens,
+    "lens": readouts.lens,
+    "tokens": readouts.tokens,
+    "persistence": readouts.persistence,
     "report": report,
     "models": models,
     "recipes": recipes,

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -284,6 +285,63 @@ def test_the_lens_shows_every_layer_and_writes_only_when_asked(sl: Sl, quick: Pa
     refused(sl("lens", quick, "--out", tmp_path / "lens.txt"), ".csv")
     assert sl("lens", quick, "--out", tmp_path / "lens.csv").code == 0
     assert (tmp_path / "lens.csv").read_text().startswith("site,layer,readout,end,rank")
+
+
+@pytest.fixture
+def steered(quick: Path, tmp_path: Path) -> Path:
+    """A copy of the run, to be read."""
+    return Path(shutil.copytree(quick, tmp_path / "steered"))
+
+
+def test_the_stream_is_read_into_the_run_and_its_report(sl: Sl, steered: Path) -> None:
+    said = sl("lens", steered, "--stream", "--problems", "2", "--watch", "a", "--k", "3")
+    assert said.code == 0 and "KL from the model's own output" in said.out and "random" in said.out
+    run = Run.open(steered)
+    assert {"residual_lens", "lens_spread", "lens_watched"} <= set(run.tables())
+    assert {"residual_lens_steered", "lens_kl", "lens_watched"} <= set(run.figures())
+    lens = run.table("residual_lens")
+    assert set(lens["condition"]) == {"base", "steered", "steered × -1", "random"}
+    assert lens["text"].nunique() == 2 and lens["layer"].nunique() == 4 and lens["rank"].max() == 2
+    assert "Logit lens of the residual stream" in (steered / "report.html").read_text()
+    own = sl("lens", steered, "--stream", "--prompt", "1 + 2", "--prompt", "two")
+    assert own.code == 0 and Run.open(steered).table("residual_lens")["text"].nunique() == 2
+
+
+def test_token_effects_are_read_into_the_run_and_its_report(sl: Sl, steered: Path) -> None:
+    said = sl("tokens", steered, "--problems", "3", "--k", "4")
+    assert said.code == 0 and "the token raised most was the base model's likeliest already" in said.out
+    run = Run.open(steered)
+    means = run.table("raised_tokens")
+    assert set(means["where"]) == {"first", "rest"} and len(means) == 2 * 2 * 4
+    assert run.table("token_effects")["text"].nunique() == 3
+    assert "Token effects" in (steered / "report.html").read_text()
+
+
+def test_persistence_is_read_into_the_run_and_its_report(sl: Sl, steered: Path) -> None:
+    said = sl("persistence", steered, "--problems", "2", "--layers", "1", "2")
+    assert said.code == 0 and "at the last layer" in said.out
+    run = Run.open(steered)
+    assert set(run.table("persistence")["source"]) == {1, 2}
+    assert {"persistence_diff_vector", "persistence_length"} <= set(run.figures())
+    assert "<h2>Persistence" in (steered / "report.html").read_text()
+
+
+def test_vectors_alone_are_read_into_a_folder_of_their_own(
+    sl: Sl, steered: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    file, out = steered / "vectors.safetensors", tmp_path / "read"
+    refused(sl("tokens", file, "--model", tiny_folder), "--out FOLDER")
+    refused(sl("tokens", file, "--model", tiny_folder, "--out", out), "--task NAME")
+    words = ("persistence", file, "--model", tiny_folder, "--prompt", "1 + 2", "--out", tmp_path / "other")
+    assert sl(*words).code == 0
+    assert set(Run.open(tmp_path / "other").tables()) == {"persistence"}
+
+
+def test_what_cannot_be_read_is_said_in_one_line(sl: Sl, steered: Path) -> None:
+    refused(sl("lens", steered, "--watch", "a"), "add --stream")
+    refused(sl("lens", steered, "--stream", "--watch", "two words and more"), "one token at a time")
+    refused(sl("tokens", steered, "--problems", "0"), "at least 1")
+    refused(sl("persistence", steered, "--layers", "9"), "9")
 
 
 def test_generate_puts_base_and_steered_side_by_side(sl: Sl, quick: Path) -> None:

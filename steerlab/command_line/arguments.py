@@ -29,6 +29,10 @@ MEANINGS: Mapping[str, str] = {
     "model_of": "A model, as for `steerlab train`; default: the one that the vectors were trained on.",
     "layers": "Blocks that get a vector, counted from 0; None for all of them. `each`: one run per layer (per named "
     "layer, if some are named), `each all`: and one with all of them, to compare.",
+    "layers_read": "Only the vectors of these blocks, counted from 0; default: of all.",
+    "task_of": "Whose problems the steered model answers; default: the task of the run. See `steerlab tasks`.",
+    "problems": "Held-out problems whose answers are read, one sample each.",
+    "prompt": "A text of your own to read instead, may be repeated.",
     "site": "Where the vector is added, e.g. resid_post, attn_out, mlp_out.",
     "adapter": "What is trained: steering vectors, or a LoRA of rank 8 on every linear module (others from Python).",
     "advantage": "How the rewards of a group become credit.",
@@ -54,13 +58,24 @@ MEANINGS: Mapping[str, str] = {
 
 KINDS: Mapping[str, str] = {
     "task": "NAME", "task_option": "KEY=VALUE", "model": "NAME", "model_of": "NAME", "site": "NAME", "dtype": "NAME",
-    "out": "FOLDER", "ray": "ADDRESS",
+    "out": "FOLDER", "ray": "ADDRESS", "task_of": "NAME", "prompt": "TEXT",
 }  # fmt: skip
 
 
 def say(name: str) -> Any:
     """The help text, and the word for its value, that every command gives an option of this name."""
     return tyro.conf.arg(help=MEANINGS.get(name, name.replace("_", " ")), metavar=KINDS.get(name))
+
+
+RunFolder = Annotated[str, tyro.conf.Positional, tyro.conf.arg(help="Folder of a run.", metavar="FOLDER")]
+RunOrVectors = Annotated[
+    str,
+    tyro.conf.Positional,
+    tyro.conf.arg(help="Folder of a run, or a .safetensors or .npy file of vectors.", metavar="RUN"),
+]
+RUN_OR_NOTHING = tyro.conf.arg(help="A run or a file of vectors; nothing for a base model.", metavar="RUN")
+OtherWeights = Annotated[bool, tyro.conf.arg(help="Use the vectors though they were trained on other weights.")]
+TaskOptions = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], say("task_option")]
 
 
 def parse(call: Callable[..., Any], words: Sequence[str], prog: str) -> Any:

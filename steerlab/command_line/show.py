@@ -80,3 +80,53 @@ def visible(token: str) -> str:
 def clean(text: str) -> str:
     """Text without control characters other than new lines and tabs: a completion must not drive the terminal."""
     return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
+def spread(console: Console, table: pd.DataFrame, rows: int = 10) -> None:
+    """How far from the final answer some layers are, first to last: mean KL in nats, a column per condition."""
+    by_layer = table.pivot_table(index="layer", columns="condition", values="kl_nats", observed=True, sort=False)
+    shown = Table(box=None, pad_edge=False, title="KL from the model's own output (nats), mean over positions")
+    shown.add_column("layer", justify="right")
+    for condition in by_layer.columns:
+        shown.add_column(words(str(condition)), justify="right")
+    chosen = sorted({round(i * (len(by_layer) - 1) / max(1, rows - 1)) for i in range(rows)})
+    for at in chosen:
+        shown.add_row(str(by_layer.index[at]), *(f"{value:.3g}" for value in by_layer.iloc[at]))
+    console.print(shown)
+
+
+def raised(console: Console, means: pd.DataFrame, positions: pd.DataFrame) -> None:
+    """Tokens raised and lowered most, with 95 % intervals over texts, and what the raised ones were to the base."""
+    shown = Table(box=None, pad_edge=False, title="mean change of the next token's probability")
+    for name in ("position", "raised", "by", "lowered", "by"):
+        shown.add_column(name, justify="right" if name == "by" else "left", no_wrap=True)
+    for where, part in means.groupby("where", sort=False):
+        ends = [part.loc[part["end"] == end].sort_values("rank").to_dict("records") for end in ("raised", "lowered")]
+        for up, down in zip(*ends, strict=True):
+            told = [(Text(visible(str(row["token"]))), f"{row['delta']:+.4f}") for row in (up, down)]
+            shown.add_row(str(where), *told[0], *told[1])
+    console.print(shown)
+    own, changed = positions["raised_was_base_argmax"].mean(), positions["argmax_changed"].mean()
+    console.print(
+        f"at {own:.0%} of {len(positions)} positions the token raised most was the base model's likeliest already; at "
+        f"{changed:.0%} the likeliest token changed",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def persistence(console: Console, table: pd.DataFrame) -> None:
+    """Of each layer's vector, trained and random: one direction at all tokens, and its length, at the last layer."""
+    last = table.loc[table["layer"] == table["layer"].max()]
+    shown = Table(box=None, pad_edge=False, title="at the last layer: cosine of a token's Δ with the mean, length of Δ")
+    shown.add_column("source layer", justify="right")
+    for condition in dict.fromkeys(last["condition"]):
+        shown.add_column(f"{words(str(condition))}: cosine", justify="right")
+        shown.add_column("length", justify="right")
+    values = last.set_index(["source", "condition", "quantity"])["value"]
+    for source in dict.fromkeys(last["source"]):
+        found = []
+        for condition in dict.fromkeys(last["condition"]):
+            found += [f"{values[source, condition, name]:.3g}" for name in ("diff_diff", "length")]
+        shown.add_row(str(source), *found)
+    console.print(shown)

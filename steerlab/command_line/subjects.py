@@ -10,13 +10,15 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from steerlab import readings
 from steerlab.adapters import LoRAWeights, SteeringVectors, formats
 from steerlab.errors import UsageError
 from steerlab.execute import Reporter, adapter_path, answer, dtype_of
+from steerlab.interp.texts import Text, of_strings
 from steerlab.models import LanguageModel, load
 from steerlab.rollouts import Evaluation
 from steerlab.runs import Run
-from steerlab.tasks import Task
+from steerlab.tasks import Task, make
 from steerlab.training import Experiment
 
 
@@ -110,3 +112,29 @@ def answer_about(
         if out:
             run.update(status="done")
     return Answered(scores, completions, tuple(written))
+
+
+def texts_about(about: Subject, prompts: Sequence[str], task: str, problems: int, seed: int) -> list[Text]:
+    """The user's own `prompts`, or what the steered model answers to problems of `task` ("": the run's)."""
+    if prompts:
+        return of_strings(about.model, prompts)
+    experiment = about.experiment
+    if task:
+        asked = make(task)
+    elif experiment is not None:
+        asked = experiment.source.task
+    else:
+        raise UsageError("no texts to read; add --task NAME, or --prompt TEXT where the command has it")
+    evaluation = Evaluation() if experiment is None else experiment.evaluation
+    return readings.own_texts(about.model, about.vectors, asked, evaluation, problems, seed)
+
+
+def ids_of(about: Subject, words: Sequence[str]) -> tuple[int, ...]:
+    """Token ids of words that are one token each. Raises UsageError for one that is not."""
+    found = []
+    for word in words:
+        ids = about.model.tokenizer.encode(word, add_special_tokens=False)
+        if len(ids) != 1:
+            raise UsageError(f"{word!r} is {len(ids)} tokens of {about.model.name}; watch one token at a time")
+        found.append(ids[0])
+    return tuple(found)

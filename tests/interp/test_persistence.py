@@ -69,7 +69,7 @@ def test_at_its_own_layer_an_effect_is_the_vector(exact: Exact, vectors: Vectors
     assert set(table["condition"]) == {"trained", "random"}
     random = table.query("source == layer and quantity == 'diff_vector' and condition == 'random'")
     assert (random["value"].abs() < 0.9).all()
-    lengths = table.query("source == layer and quantity == 'length'").pivot(
+    lengths = table.query("source == layer and quantity == 'length'").pivot_table(
         index="source", columns="condition", values="value"
     )
     assert lengths["random"].to_numpy() == pytest.approx(lengths["trained"].to_numpy(), rel=1e-5)

@@ -1,0 +1,148 @@
+"""The commands that read vectors: what they point to, what layers would say, which tokens they raise, how long they act.
+
+What they find goes into the run's folder and its report.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from steerlab.command_line.arguments import OtherWeights, RunOrVectors, say
+from steerlab.command_line.terminal import console, tell
+from steerlab.errors import UsageError
+
+if TYPE_CHECKING:
+    from steerlab.command_line.subjects import Subject
+    from steerlab.readings import Reading
+    from steerlab.runs import Run
+
+Prompts = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], say("prompt")]
+Problems = Annotated[int, say("problems")]
+Folder = Annotated[str, tyro.conf.arg(help="Folder for tables and figures; default: the run's own.", metavar="FOLDER")]
+
+
+def lens(
+    run: RunOrVectors,
+    stream: Annotated[bool, tyro.conf.arg(help="Read what every layer would say on texts, not the vectors.")] = False,
+    k: Annotated[int, tyro.conf.arg(help="Tokens at each end of the vocabulary; with --stream: likeliest ones.")] = 6,
+    readout: Annotated[Literal["cosine", "dot", "softmax"], tyro.conf.arg(help="How tokens are scored.")] = "cosine",
+    layers: Annotated[tuple[int, ...] | None, say("layers_read")] = None,
+    task: Annotated[str, say("task_of")] = "",
+    problems: Problems = 8,
+    prompt: Prompts = (),
+    watch: Annotated[
+        tyro.conf.UseAppendAction[tuple[str, ...]],
+        tyro.conf.arg(help="With --stream: a token to follow through the layers, may be repeated.", metavar="TOKEN"),
+    ] = (),
+    seed: Annotated[int, say("seed")] = 0,
+    model: Annotated[str, say("model_of")] = "",
+    out: Annotated[
+        str, tyro.conf.arg(help="A .csv or .parquet file for the table; with --stream: a folder.", metavar="PATH")
+    ] = "",
+    allow_other_weights: OtherWeights = False,
+) -> int:
+    """Show which tokens each vector points to and away from (logit lens), or what every layer would say on texts."""
+    from steerlab.command_line import show
+    from steerlab.command_line.subjects import ids_of, subject, texts_about
+    from steerlab.interp.logit_lens import logit_lens
+    from steerlab.runs import atomic_path
+
+    if not stream and out and Path(out).suffix not in (".csv", ".parquet"):
+        raise UsageError(f"{out} is no table; name a .csv or .parquet file")
+    if not stream and (watch or prompt):
+        raise UsageError("--watch and --prompt read texts; add --stream")
+    about = subject(run, model, allow_other_weights=allow_other_weights)
+    if stream:
+        from steerlab import readings
+
+        folder, watched = place(about, out), ids_of(about, watch)
+        texts = texts_about(about, prompt, task, problems, seed)
+        found = readings.stream(about.model, about.vectors, texts, layers=layers, k=k, watch=watched, seed=seed)
+        show.spread(console(), found.tables["lens_spread"])
+        return keep(found, folder)
+    vectors = about.vectors if layers is None else about.vectors.select(layers)
+    table = logit_lens(vectors, about.model.unembedding.weight, about.model.tokenizer, k, (readout,))
+    show.lens(console(), table, vectors)
+    if out:
+        with atomic_path(out) as path:
+            (table.to_csv if path.suffix == ".csv" else table.to_parquet)(path, index=False)
+        tell(f"wrote {out}")
+    return 0
+
+
+def tokens(
+    run: RunOrVectors,
+    k: Annotated[int, tyro.conf.arg(help="Tokens at either end.")] = 10,
+    task: Annotated[str, say("task_of")] = "",
+    problems: Problems = 32,
+    layers: Annotated[tuple[int, ...] | None, say("layers_read")] = None,
+    seed: Annotated[int, say("seed")] = 0,
+    model: Annotated[str, say("model_of")] = "",
+    out: Folder = "",
+    allow_other_weights: OtherWeights = False,
+) -> int:
+    """Show which next tokens the vectors make likelier and less likely, at the first generated position and later."""
+    from steerlab import readings
+    from steerlab.command_line import show
+    from steerlab.command_line.subjects import subject, texts_about
+
+    about = subject(run, model, allow_other_weights=allow_other_weights)
+    folder = place(about, out)
+    texts = texts_about(about, (), task, problems, seed)
+    vectors = about.vectors if layers is None else about.vectors.select(layers)
+    found = readings.tokens(about.model, vectors, texts, k=k)
+    show.raised(console(), found.tables["raised_tokens"], found.tables["token_effects"])
+    return keep(found, folder)
+
+
+def persistence(
+    run: RunOrVectors,
+    task: Annotated[str, say("task_of")] = "",
+    problems: Problems = 8,
+    prompt: Prompts = (),
+    layers: Annotated[tuple[int, ...] | None, say("layers_read")] = None,
+    seed: Annotated[int, say("seed")] = 0,
+    model: Annotated[str, say("model_of")] = "",
+    out: Folder = "",
+    allow_other_weights: OtherWeights = False,
+) -> int:
+    """Follow the effect of each layer's vector through the layers above: what it turns into, and how long it lives."""
+    from steerlab import readings
+    from steerlab.command_line import show
+    from steerlab.command_line.subjects import subject, texts_about
+
+    about = subject(run, model, allow_other_weights=allow_other_weights)
+    folder = place(about, out)
+    texts = texts_about(about, prompt, task, problems, seed)
+    vectors = about.vectors if layers is None else about.vectors.select(layers)
+    found = readings.persistence(about.model, vectors, texts, seed=seed)
+    show.persistence(console(), found.tables["persistence"])
+    return keep(found, folder)
+
+
+def place(about: Subject, out: str) -> Run:
+    """The folder that a reading goes to: the subject's run, or `out`, a new one. Raises UsageError for neither."""
+    from steerlab.runs import Run
+
+    if out:
+        facts = {"model": about.model.name, "weights_sha256": about.model.weights_sha256}
+        return Run.create(out, kind="reading", status="done", **facts)
+    if about.run is None:
+        raise UsageError("a file of vectors has no folder of its own; add --out FOLDER")
+    return about.run
+
+
+def keep(found: Reading, run: Run) -> int:
+    """Into the folder, and into the report of a run that has one."""
+    from steerlab.execute import write_report
+
+    written: Sequence[object] = found.save(run)
+    if run.path("report.html").exists():
+        written = (write_report(run),)
+    for path in written:
+        tell(f"wrote {path}")
+    return 0

@@ -1,0 +1,100 @@
+"""Readings of vectors on texts: each a few tables and figures, to be kept in a run's folder and told in its report.
+
+A reading takes a model, vectors and texts, and decides nothing else: which texts is the caller's business (`own_texts`:
+what the steered model answers to held-out problems of its task). The work is `interp`'s, the figures are `plots`'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from steerlab.adapters import SteeringVectors
+from steerlab.errors import UsageError
+from steerlab.interp import persistence as following
+from steerlab.interp import token_effects as effects
+from steerlab.interp.residual_lens import residual_lens
+from steerlab.interp.texts import Text, contrasts, sampled
+from steerlab.models import LanguageModel
+from steerlab.plots import persistence as plot_persistence
+from steerlab.plots import residual_lens as plot_lens
+from steerlab.plots import token_effects as plot_effects
+from steerlab.rollouts import Evaluation, Policy
+from steerlab.runs import Run
+from steerlab.tasks import Task
+
+
+@dataclass(frozen=True)
+class Reading:
+    """tables, figures: by the names under which they are kept."""
+
+    tables: dict[str, pd.DataFrame]
+    figures: dict[str, go.Figure]
+
+    def save(self, run: Run) -> tuple[Path, ...]:
+        """Put everything into a run's folder. Returns where."""
+        made = [run.save_table(name, table) for name, table in self.tables.items()]
+        return (*made, *(run.save_figure(name, figure) for name, figure in self.figures.items()))
+
+
+def own_texts(
+    model: LanguageModel, vectors: SteeringVectors, task: Task, evaluation: Evaluation, n: int, seed: int = 0
+) -> list[Text]:
+    """What the steered model answers to the first `n` problems of `evaluation`'s split, one sample each, as it is
+    evaluated there. Raises UsageError for n < 1."""
+    if n < 1:
+        raise UsageError(f"problems is {n}; a reading needs at least 1")
+    problems = evaluation.problems(task)[:n]
+    return sampled(Policy(model, vectors), task, problems, evaluation.sampling, seed=seed)
+
+
+def stream(
+    model: LanguageModel,
+    vectors: SteeringVectors,
+    texts: Sequence[Text],
+    *,
+    layers: Sequence[int] | None = None,
+    k: int = 10,
+    watch: Sequence[int] = (),
+    scales: Sequence[float] = (-1.0,),
+    seed: int = 0,
+) -> Reading:
+    """What every layer would say next, under the base, the vectors, their multiples `scales` and a random direction of
+    equal length, on the same tokens. layers: None for all. watch: ids of tokens to follow."""
+    found = residual_lens(model, texts, contrasts(vectors, scales, seed), layers=layers, k=k, watch=watch)
+    context = [model.tokenizer.decode([token]) for token in texts[0].tokens]
+    figures = {
+        f"residual_lens_{condition}": plot_lens.residual_lens(found.tokens, condition, context=context)
+        for condition in ("base", "steered")
+    }
+    figures |= {f"lens_{name.removesuffix('_nats')}": plot_lens.lens_spread(found.spread, name) for name in SPREADS}
+    if watch:
+        figures["lens_watched"] = plot_lens.lens_watched(found.watched)
+    tables = {"residual_lens": found.tokens, "lens_spread": found.spread}
+    return Reading(tables | ({"lens_watched": found.watched} if watch else {}), figures)
+
+
+SPREADS = ("kl_nats", "entropy_nats")
+
+
+def tokens(model: LanguageModel, vectors: SteeringVectors, texts: Sequence[Text], *, k: int = 10) -> Reading:
+    """Which tokens the vectors make likelier and less likely, and where in the answer."""
+    found = effects.token_effects(model, texts, vectors, k=k)
+    return Reading(
+        {"token_effects": found.positions, "raised_tokens": found.tokens},
+        {
+            "token_effects": plot_effects.token_effects(found.positions),
+            "raised_tokens": plot_effects.raised_tokens(found.tokens, min(k, 8)),
+        },
+    )
+
+
+def persistence(model: LanguageModel, vectors: SteeringVectors, texts: Sequence[Text], *, seed: int = 0) -> Reading:
+    """How long each layer's effect lives, and what it turns into, beside a random direction of equal length."""
+    table = following.persistence(model, vectors, texts, seed=seed).table
+    shown = {name: plot_persistence.persistence(table, name) for name in ("diff_vector", "diff_diff", "length")}
+    return Reading({"persistence": table}, {f"persistence_{name}": figure for name, figure in shown.items()})

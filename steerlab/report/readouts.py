@@ -1,0 +1,85 @@
+"""What a run's page says of its readings on texts: stream lens, token effects, persistence; absent if not made."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from steerlab.plots import persistence as persistence_plots
+from steerlab.plots import residual_lens as lens_plots
+from steerlab.plots import token_effects as effect_plots
+from steerlab.plots.house import readable
+from steerlab.report.page import Section, Table
+from steerlab.runs import Run
+
+
+def reading_sections(run: Run) -> list[Section]:
+    """The sections whose tables the run has."""
+    names, found = set(run.tables()), []
+    if {"residual_lens", "lens_spread"} <= names:
+        found.append(stream_section(run.table("residual_lens"), run.table("lens_spread")))
+    if {"token_effects", "raised_tokens"} <= names:
+        found.append(effects_section(run.table("token_effects"), run.table("raised_tokens")))
+    if "persistence" in names:
+        found.append(persistence_section(run.table("persistence")))
+    return found
+
+
+def stream_section(lens: pd.DataFrame, spread: pd.DataFrame) -> Section:
+    """What each layer would say: base and steered on the same tokens."""
+    half = spread["layer"] == spread["layer"].max() // 2
+    middle = spread.loc[half].groupby("condition", observed=True)["kl_nats"].mean()
+    told = ", ".join(f"{value:.2f} nats ({condition})" for condition, value in middle.items())
+    return Section(
+        "Logit lens of the residual stream",
+        "The model's own final norm and unembedding, applied after every block at every position of the same tokens. "
+        f"Distance of the middle layer {spread['layer'].max() // 2} from the final answer, mean over "
+        f"{spread['text'].nunique()} texts: {told}. The random direction has the vectors' lengths and is the control.",
+        figures=(
+            lens_plots.lens_spread(spread),
+            *(lens_plots.residual_lens(lens, condition) for condition in ("base", "steered")),
+        ),
+    )
+
+
+def effects_section(positions: pd.DataFrame, means: pd.DataFrame) -> Section:
+    """Which tokens are raised and lowered, and where."""
+    first = positions.loc[positions["generated"] == 0, "raised_delta"].mean()
+    rest = positions.loc[positions["generated"] > 0, "raised_delta"].mean()
+    own = positions["raised_was_base_argmax"].mean()
+    later = f", {rest:.3f} at later ones" if rest == rest else ""
+    text = (
+        f"On {positions['text'].nunique()} answers of the steered model, base and steered read on the same tokens: the "
+        f"token raised most gains {first:.3f} of probability at the first generated position{later}; at {own:.0%} of "
+        "positions it was what the base model would have said anyway."
+    )
+    rows = tuple(
+        (
+            str(row["where"]), str(row["end"]), readable(str(row["token"])), f"{row['delta']:+.4f}",
+            f"{row['low']:+.4f} – {row['high']:+.4f}", str(row["n_texts"]),
+        )
+        for row in means.to_dict("records")
+    )  # fmt: skip
+    header = ("position", "end", "token", "mean Δp", "95 % interval", "texts")
+    table = Table(header, rows, frozenset({3, 4, 5}), "The interval is over texts.")
+    return Section(
+        "Token effects",
+        text,
+        figures=(effect_plots.raised_tokens(means), effect_plots.token_effects(positions)),
+        folded=(("All raised and lowered tokens", table),),
+    )
+
+
+def persistence_section(table: pd.DataFrame) -> Section:
+    """How long each vector's effect lives."""
+    last = table.loc[(table["layer"] == table["layer"].max()) & (table["source"] < table["layer"])]
+    one = last.loc[last["quantity"] == "diff_diff"].groupby("condition", sort=False)["value"].mean()
+    told = ", ".join(f"{value:.2f} ({condition})" for condition, value in one.items())
+    text = (
+        "Δ is what one layer's vector alone has become by a later layer, on the same tokens. At the last layer a "
+        f"token's Δ has with the mean Δ of its text a cosine of {told or 'nothing'}, mean over the vectors below."
+    )
+    return Section(
+        "Persistence",
+        text,
+        figures=tuple(persistence_plots.persistence(table, name) for name in ("diff_vector", "diff_diff", "length")),
+    )
