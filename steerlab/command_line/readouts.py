@@ -1,4 +1,4 @@
-"""The commands that read vectors: what they point to, what layers would say, which tokens they raise, how long they act.
+"""The commands that read vectors: what they point to, what layers would say, which tokens rise, how long they act.
 
 What they find goes into the run's folder and its report.
 """
