@@ -176,7 +176,7 @@ def test_a_plan_is_read_in_two_columns(experiment: Experiment) -> None:
 
 def test_a_plan_says_its_micro_batches(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
     most = memory.cap(experiment.source.longest_completion)
-    assert most == memory.CAP_TOKENS + memory.ROWS_TOGETHER * 6
+    assert most == memory.CAP_TOKENS + memory.LONG_ROWS * 6
     assert f"micro-batches of {most} tokens, the most by default" in dict(plan(experiment).rows())["updates"]
     asked = replace(experiment, token_budget=77)
     assert "micro-batches of 77 tokens, as asked for" in dict(plan(asked).rows())["updates"]

@@ -55,7 +55,7 @@ class Prefilled:
             self.keys[layer] = []
 
         def padded() -> Iterator[UnitKeys]:
-            """Layer by layer: there is never a second copy of all keys."""
+            """Layer by layer, so that what was padded is let go at once."""
             while prompt:
                 yield _padded(prompt.pop(0))
 

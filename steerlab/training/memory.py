@@ -5,7 +5,7 @@
 free: memory that this process could still take (of a machine shared by n processes, an n-th); the GPU's where the model
 is on one. bytes per token: what a backward pass through every block keeps, an estimate that leaves out the allocator's
 waste, hence the share; KEPT_INPUTS times as much under an adapter that keeps what the modules read. The cap, none on a
-GPU, keeps small models small on a CPU: CAP_TOKENS and ROWS_TOGETHER completions of full length. Products of 640 rows
+GPU, keeps small models small on a CPU: CAP_TOKENS and LONG_ROWS completions of full length. Products of 640 rows
 run at nearly their best rate on 2 cores; but every micro-batch that has rows of a group computes its prompt again, so
 long completions need more, to have company. (Updates of workload W, 2 cores, bf16, budgets of 640 and by the rule:
 completions of 256 tokens 22 and 15 s, of 512 tokens 42 and 34 s.) What is free differs from day to day, and rounding
@@ -21,7 +21,7 @@ from steerlab.models.head import CHUNK_TOKENS
 from steerlab.runs import free_memory_bytes
 
 CAP_TOKENS = 640
-ROWS_TOGETHER = 4
+LONG_ROWS = 4
 SHARE = 0.5
 KEPT_INPUTS = 1.4  # a LoRA of every linear module keeps 0.92 (Llama) to 1.35 times (Gemma 3) the rule, measured
 
@@ -42,7 +42,7 @@ def update_bytes(tokens: int, per_token: int, d_vocab: int) -> int:
 
 def cap(longest: int) -> int:
     """Most tokens at a time on a CPU. longest: tokens of a completion of full length."""
-    return CAP_TOKENS + ROWS_TOGETHER * longest
+    return CAP_TOKENS + LONG_ROWS * longest
 
 
 def budget(free: int | None, per_token: int, d_vocab: int, processes: int = 1, cap: int | None = CAP_TOKENS) -> int:
