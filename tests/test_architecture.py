@@ -160,7 +160,7 @@ def test_only_the_command_line_prints() -> None:
     printing = [
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path in SOURCES
-        if path.is_relative_to(ROOT / "steerlab") and path.name != "__main__.py"
+        if path.is_relative_to(ROOT / "steerlab") and path != ROOT / "steerlab" / "command_line" / "terminal.py"
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
     ]

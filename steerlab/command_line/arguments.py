@@ -50,6 +50,8 @@ MEANINGS: Mapping[str, str] = {
     "ray": "Of a sweep (--layers each): do the runs on a Ray cluster: HOST:PORT, `auto` for the one that is there, or "
     "`local` for one on this machine.",
     "dtype": "auto (bf16 where the machine has it in hardware, else fp32), fp32, bf16 or fp64.",
+    "dtype_read": "What the model computes in while it is read: differences of bf16 states are noisy, hence fp32; "
+    "auto: as it was trained.",
     "out": "Folder of the run; must be new, empty, or hold the same run, which is then continued.",
     "shard": "Under torchrun: every process keeps only its share of the frozen weights (slower, less memory).",
     "plan": "Say what the run would cost (passes, tokens, FLOPs, hours, bytes) and stop.",
@@ -58,6 +60,7 @@ MEANINGS: Mapping[str, str] = {
 
 KINDS: Mapping[str, str] = {
     "task": "NAME", "task_option": "KEY=VALUE", "model": "NAME", "model_of": "NAME", "site": "NAME", "dtype": "NAME",
+    "dtype_read": "NAME",
     "out": "FOLDER", "ray": "ADDRESS", "task_of": "NAME", "prompt": "TEXT",
 }  # fmt: skip
 

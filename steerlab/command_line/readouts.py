@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from steerlab.readings import Reading
     from steerlab.runs import Run
 
+Exactly = Annotated[str, say("dtype_read")]
 Prompts = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], say("prompt")]
 Problems = Annotated[int, say("problems")]
 Folder = Annotated[str, tyro.conf.arg(help="Folder for tables and figures; default: the run's own.", metavar="FOLDER")]
@@ -40,12 +41,13 @@ def lens(
     ] = (),
     seed: Annotated[int, say("seed")] = 0,
     model: Annotated[str, say("model_of")] = "",
+    dtype: Exactly = "fp32",
     out: Annotated[
         str, tyro.conf.arg(help="A .csv or .parquet file for the table; with --stream: a folder.", metavar="PATH")
     ] = "",
     allow_other_weights: OtherWeights = False,
 ) -> int:
-    """Show which tokens each vector points to and away from (logit lens), or what every layer would say on texts."""
+    """Show the tokens that each vector points to (logit lens), or what every layer would say."""
     from steerlab.command_line import show
     from steerlab.command_line.subjects import ids_of, subject, texts_about
     from steerlab.interp.logit_lens import logit_lens
@@ -55,7 +57,7 @@ def lens(
         raise UsageError(f"{out} is no table; name a .csv or .parquet file")
     if not stream and (watch or prompt):
         raise UsageError("--watch and --prompt read texts; add --stream")
-    about = subject(run, model, allow_other_weights=allow_other_weights)
+    about = subject(run, model, dtype, allow_other_weights)
     if stream:
         from steerlab import readings
 
@@ -82,15 +84,16 @@ def tokens(
     layers: Annotated[tuple[int, ...] | None, say("layers_read")] = None,
     seed: Annotated[int, say("seed")] = 0,
     model: Annotated[str, say("model_of")] = "",
+    dtype: Exactly = "fp32",
     out: Folder = "",
     allow_other_weights: OtherWeights = False,
 ) -> int:
-    """Show which next tokens the vectors make likelier and less likely, at the first generated position and later."""
+    """Show which next tokens the vectors make likelier and less likely: the first, and later ones."""
     from steerlab import readings
     from steerlab.command_line import show
     from steerlab.command_line.subjects import subject, texts_about
 
-    about = subject(run, model, allow_other_weights=allow_other_weights)
+    about = subject(run, model, dtype, allow_other_weights)
     folder = place(about, out)
     texts = texts_about(about, (), task, problems, seed)
     vectors = about.vectors if layers is None else about.vectors.select(layers)
@@ -107,15 +110,16 @@ def persistence(
     layers: Annotated[tuple[int, ...] | None, say("layers_read")] = None,
     seed: Annotated[int, say("seed")] = 0,
     model: Annotated[str, say("model_of")] = "",
+    dtype: Exactly = "fp32",
     out: Folder = "",
     allow_other_weights: OtherWeights = False,
 ) -> int:
-    """Follow the effect of each layer's vector through the layers above: what it turns into, and how long it lives."""
+    """Follow the effect of each layer's vector through the layers above: how long does it live?"""
     from steerlab import readings
     from steerlab.command_line import show
     from steerlab.command_line.subjects import subject, texts_about
 
-    about = subject(run, model, allow_other_weights=allow_other_weights)
+    about = subject(run, model, dtype, allow_other_weights)
     folder = place(about, out)
     texts = texts_about(about, prompt, task, problems, seed)
     vectors = about.vectors if layers is None else about.vectors.select(layers)

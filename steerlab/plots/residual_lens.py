@@ -60,14 +60,16 @@ def lens_watched(watched: pd.DataFrame, generated: int | None = None) -> go.Figu
     frame = watched
     if generated is not None:
         first = frame.groupby("text")["position"].transform("min")
-        frame = frame.loc[frame["position"] == first + generated]
+        frame = frame.loc[frame["position"].sub(first).eq(generated)]
     made = figure("Rank of chosen tokens by layer", height=430)
     dashes = ("solid", "dash", "dot", "dashdot")
     for number, (token_id, of_token) in enumerate(frame.groupby("token_id", sort=False)):
         name = label(readable(str(of_token["token"].iloc[0])), limit=14)
-        for condition, part in of_token.groupby("condition", observed=True, sort=False):
-            by_layer = part.groupby("layer")["rank"]
-            low, middle, high = (1 + by_layer.quantile(q) for q in (0.25, 0.5, 0.75))
+        for condition, part in of_token.assign(place=of_token["rank"].add(1)).groupby(
+            "condition", observed=True, sort=False
+        ):
+            by_layer = part.groupby("layer")["place"]
+            low, middle, high = (by_layer.quantile(q).add(1) for q in (0.25, 0.5, 0.75))
             colour = condition_colour(str(condition))
             made.add_scatter(**band(middle.index, low, high, colour))
             made.add_scatter(
