@@ -66,9 +66,8 @@ def stream(
     """What every layer would say next, under the base, the vectors, their multiples `scales` and a random direction of
     equal length, on the same tokens. layers: None for all. watch: ids of tokens to follow."""
     found = residual_lens(model, texts, contrasts(vectors, scales, seed), layers=layers, k=k, watch=watch)
-    context = [model.tokenizer.decode([token]) for token in texts[0].tokens]
     figures = {
-        f"residual_lens_{condition}": plot_lens.residual_lens(found.tokens, condition, context=context)
+        f"residual_lens_{condition}": plot_lens.residual_lens(found.tokens, condition)
         for condition in ("base", "steered")
     }
     figures |= {f"lens_{name.removesuffix('_nats')}": plot_lens.lens_spread(found.spread, name) for name in SPREADS}

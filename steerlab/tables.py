@@ -39,6 +39,7 @@ _POSITION = (
     Column("condition", "str", "1", "base, steered, steered × −1, random, …"),
     Column("text", "int", "1", "index of the text"),
     Column("position", "int", "1", "0-based token of the text, whose successor is predicted"),
+    Column("generated", "int", "1", "place of that successor in the completion; negative inside the prompt"),
 )
 
 SCHEMAS: dict[str, tuple[Column, ...]] = {
@@ -106,6 +107,7 @@ SCHEMAS: dict[str, tuple[Column, ...]] = {
     ),
     "residual_lens": (
         *_POSITION,
+        Column("context", "str", "1", "text of the token at this position"),
         Column("layer", "int", "1", "0-based decoder block after which the stream is read"),
         Column("rank", "int", "1", "0 is the likeliest"),
         Column("token_id", "int", "1", "vocabulary index"),

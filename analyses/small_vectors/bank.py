@@ -2,7 +2,8 @@
 
 Trained once by whichever script comes first (a stopped bank goes on), all on the quickstart's sums: `DIR/bank` is what
 `steerlab train rloo --task chain_sum --layers each all` leaves behind. At `small` the layers' learning rates rise
-from the first to the last as in 2509.06608, whose authors tuned them by layer.
+from the first to the last as in 2509.06608, whose authors tuned them by layer; the ends are from a pilot (seed 0, the
+rewards of training: at 0.1 layer 0 loses, layer 15 gains most).
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ class Size:
 SIZES: dict[Scale, Size] = {
     "tiny": Size((0, 1), (0, 1), steps=1, prompts=2, samples=2, lr=(0.1, 0.1), limit=3, answers=1),
     "small": Size(
-        (0, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29),
+        (0, 4, 8, 12, 15, 18, 21, 24, 28, 29),
         (0, 1, 2),
         steps=20,
         prompts=8,
         samples=8,
-        lr=(0.1, 0.3),
+        lr=(0.03, 0.3),
         limit=None,
         answers=4,
     ),

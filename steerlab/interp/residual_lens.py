@@ -87,7 +87,7 @@ def residual_lens(
                 _check_last(model, adapter, text, states[model.n_layers - 1])
             first = text.n_prompt - 1 if generated_only else 0
             parts += _read(model, states, wanted, first, k, watch, name, number)
-    return _tables(model, parts, watch)
+    return _tables(model, texts, parts, watch)
 
 
 def _check(model: LanguageModel, texts: Sequence[Text], conditions: Conditions, k: int, watch: Sequence[int]) -> None:
@@ -177,15 +177,17 @@ def top(z: Float[Tensor, "pos d_vocab"], k: int) -> tuple[Int[Tensor, "pos k"], 
     return candidates.gather(1, places), values
 
 
-def _tables(model: LanguageModel, parts: Sequence[_Part], watch: Sequence[int]) -> ResidualLens:
+def _tables(model: LanguageModel, texts: Sequence[Text], parts: Sequence[_Part], watch: Sequence[int]) -> ResidualLens:
     """Columns, not rows: a lens has millions of cells."""
 
     def frame(name: str, per_position: int, **columns: np.ndarray) -> pd.DataFrame:
         sizes = [len(part.positions) * per_position for part in parts]
+        generated = [part.positions + 1 - texts[part.text].n_prompt for part in parts]
         common = {
             "condition": pd.Categorical(np.repeat([part.condition for part in parts], sizes)),
             "text": np.repeat([part.text for part in parts], sizes),
             "position": np.concatenate([np.repeat(part.positions, per_position) for part in parts]),
+            "generated": np.concatenate([np.repeat(places, per_position) for places in generated]),
             "layer": np.repeat([part.layer for part in parts], sizes),
         }
         return tables.check(pd.DataFrame(common | columns), name)
@@ -196,9 +198,11 @@ def _tables(model: LanguageModel, parts: Sequence[_Part], watch: Sequence[int]) 
     k = parts[0].top_ids.shape[1]
     positions = sum(len(part.positions) for part in parts)
     ids = joined("top_ids")
+    at = np.concatenate([np.array(texts[part.text].tokens)[part.positions] for part in parts])
     tokens = frame(
         "residual_lens",
         k,
+        context=np.repeat(token_texts(model.tokenizer, at), k),
         rank=np.tile(np.arange(k), positions),
         token_id=ids,
         token=token_texts(model.tokenizer, ids),

@@ -58,5 +58,5 @@ def sampled(
 def contrasts(vectors: SteeringVectors, scales: Sequence[float] = (-1.0,), seed: int = 0) -> dict[str, Adapter | None]:
     """What a set of vectors is read beside: the base, the set, its multiples, and random directions of its lengths."""
     found: dict[str, Adapter | None] = {"base": None, "steered": vectors}
-    found |= {f"steered × {scale:g}": vectors * scale for scale in scales}
+    found |= {f"steered × {scale:g}".replace("-", "−"): vectors * scale for scale in scales}
     return found | {"random": vectors.randomise(torch.Generator().manual_seed(seed))}

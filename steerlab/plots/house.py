@@ -30,6 +30,8 @@ CONDITION_COLOURS = {
     "random_reward": "#a6568c",
     "format_reward": "#d55e00",
     "steered": "#0072b2",
+    "random": "#a6568c",
+    "steered × −1": "#d55e00",
 }
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 MONO = "ui-monospace, 'SF Mono', Menlo, Consolas, 'DejaVu Sans Mono', monospace"

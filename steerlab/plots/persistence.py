@@ -9,19 +9,19 @@ from plotly.subplots import make_subplots
 
 from steerlab import tables
 from steerlab.errors import UsageError, unknown
-from steerlab.plots.house import COLOURBAR, DIVERGING, HOUSE, SEQUENTIAL
+from steerlab.plots.house import COLOURBAR, DIVERGING, HOUSE
 
 TITLES = {
     "diff_vector": "cos(Δ at layer l, vector of layer l)",
     "diff_diff": "cos(Δ of a token, mean Δ of its text)",
     "mean_vector": "cos(mean Δ at layer l, vector of layer l)",
-    "length": "length of Δ, as a share of the vector's own",
+    "length": "length of Δ over the vector's own, as a power of 2",
 }
 
 
 def persistence(df: pd.DataFrame, quantity: str = "diff_diff") -> go.Figure:
     """Source layer by row, layer at which it is looked for by column; one panel per condition. Lengths are drawn as
-    shares of what the source wrote. Raises UsageError for an unknown quantity or an empty table."""
+    powers of 2 of what the source wrote. Raises UsageError for an unknown quantity or an empty table."""
     tables.check(df, "persistence")
     if quantity not in TITLES:
         raise unknown("quantity", quantity, tuple(TITLES))
@@ -33,24 +33,18 @@ def persistence(df: pd.DataFrame, quantity: str = "diff_diff") -> go.Figure:
         rows=1, cols=len(conditions), subplot_titles=conditions, shared_yaxes=True, horizontal_spacing=0.06
     )
     made.update_layout(template=HOUSE, height=470, title_text=TITLES[quantity])
-    signed = quantity != "length"
-    for column, condition in enumerate(conditions, start=1):
-        grid = part.loc[part["condition"] == condition].pivot_table(
-            index="source", columns="layer", values="value", dropna=False
-        )
-        values = grid.to_numpy()
-        if not signed:
-            own = np.array([grid.loc[source, source] for source in grid.index])
-            values = values / own[:, None]
+    grids = [_grid(part.loc[part["condition"] == condition], quantity) for condition in conditions]
+    widest = max(np.nanmax(np.abs(grid.to_numpy())) for grid in grids) if quantity == "length" else 1.0
+    for column, grid in enumerate(grids, start=1):
         made.add_heatmap(
-            z=values,
+            z=grid.to_numpy(),
             x=list(grid.columns),
             y=list(grid.index),
-            colorscale=DIVERGING if signed else SEQUENTIAL,
-            zmin=-1 if signed else 0,
-            zmax=1 if signed else None,
+            colorscale=DIVERGING,
+            zmin=-widest,
+            zmax=widest,
             showscale=column == len(conditions),
-            colorbar={**COLOURBAR, "title_text": "cosine" if signed else "share"},
+            colorbar={**COLOURBAR, "title_text": "log2" if quantity == "length" else "cosine"},
             hovertemplate="source %{y} → layer %{x}<br>%{z:.3f}<extra></extra>",
             row=1,
             col=column,
@@ -58,3 +52,12 @@ def persistence(df: pd.DataFrame, quantity: str = "diff_diff") -> go.Figure:
         made.update_xaxes(title_text="layer", showgrid=False, row=1, col=column)
     made.update_yaxes(title_text="source layer", showgrid=False, autorange="reversed", row=1, col=1)
     return made.update_yaxes(showgrid=False, autorange="reversed")
+
+
+def _grid(part: pd.DataFrame, quantity: str) -> pd.DataFrame:
+    """Source by row, layer by column; a length as the binary logarithm of its share of what the source wrote."""
+    grid = part.pivot_table(index="source", columns="layer", values="value", dropna=False)
+    if quantity != "length":
+        return grid
+    own = np.array([grid.loc[source, source] for source in grid.index])
+    return pd.DataFrame(np.log2(grid.to_numpy() / own[:, None]), index=grid.index, columns=grid.columns)

@@ -11,13 +11,14 @@ from steerlab import tables
 from steerlab.errors import UsageError, unknown
 from steerlab.plots.house import COLOURBAR, MONO, SEQUENTIAL, band, condition_colour, figure, label, readable, words
 
-LONGEST = 40  # positions whose words can be read
+LONGEST = 16  # positions whose words can be read
+BEFORE = 4  # of them in the prompt
 
 
-def residual_lens(lens: pd.DataFrame, condition: str, text: int = 0, *, context: list[str] | None = None) -> go.Figure:
-    """The likeliest token after every layer (rows, the last on top) at every position of one text, coloured by its
-    probability. context: the text's own tokens, to stand below. Raises UsageError for a condition or a text that the
-    table does not have, or an empty table.
+def residual_lens(lens: pd.DataFrame, condition: str, text: int = 0, *, start: int | None = None) -> go.Figure:
+    """The likeliest token after every layer (rows, the last on top) at some positions of one text, coloured by its
+    probability; below stand the text's own tokens. start: the first position shown; None: just before the completion.
+    Raises UsageError for a condition or a text that the table does not have, or an empty table.
     """
     tables.check(lens, "residual_lens")
     if condition not in set(lens["condition"]):
@@ -25,11 +26,15 @@ def residual_lens(lens: pd.DataFrame, condition: str, text: int = 0, *, context:
     part = lens.loc[(lens["condition"] == condition) & (lens["text"] == text) & (lens["rank"] == 0)]
     if part.empty:
         raise UsageError(f"the table has no text {text}; it has {sorted(set(lens['text']))}")
-    part = part.loc[part["position"] < part["position"].min() + LONGEST]
+    place = part["position"]
+    if start is None:
+        start = int(min(place.loc[part["generated"] >= -BEFORE].min(), max(place.max() + 1 - LONGEST, place.min())))
+    part = part.loc[(place >= start) & (place < start + LONGEST)]
     share = np.exp(part.pivot_table(index="layer", columns="position", values="logprob"))
     said = part.pivot_table(index="layer", columns="position", values="token", aggfunc="first")
-    below = [f"{p}" if context is None else f"{p} {label(readable(context[p]), limit=9)}" for p in share.columns]
-    made = figure(f"What each layer would say next, {words(condition)}", height=120 + 24 * len(share))
+    own = part.drop_duplicates("position").set_index("position")["context"]
+    below = [f"{p}  {label(readable(own[p]), limit=9)}" for p in share.columns]
+    made = figure(f"What each layer would say next, {words(condition)}", height=140 + 22 * len(share))
     made.add_heatmap(
         z=share.to_numpy(),
         x=below,
@@ -45,7 +50,14 @@ def residual_lens(lens: pd.DataFrame, condition: str, text: int = 0, *, context:
         colorscale=SEQUENTIAL,
         colorbar={**COLOURBAR, "title_text": "probability"},
     )
-    made.update_xaxes(title_text="position", type="category", showgrid=False, showline=False, ticks="", tickangle=-60)
+    made.update_xaxes(
+        title_text="position and its token, whose successor is predicted",
+        type="category",
+        showgrid=False,
+        showline=False,
+        ticks="",
+        tickangle=-60,
+    )
     made.update_yaxes(title_text="layer", type="category", showgrid=False, showline=False, ticks="")
     return made
 
@@ -90,7 +102,8 @@ def lens_spread(spread: pd.DataFrame, quantity: str = "kl_nats") -> go.Figure:
     titles = {"kl_nats": "KL from the final answer (nats)", "entropy_nats": "entropy (nats)"}
     if quantity not in titles:
         raise unknown("quantity", quantity, tuple(titles))
-    made = figure(f"{titles[quantity].split(' (')[0].capitalize()} by layer", height=400)
+    what = titles[quantity].split(" (")[0]
+    made = figure(f"{what[0].upper()}{what[1:]} by layer", height=400)
     for condition, part in spread.groupby("condition", observed=True, sort=False):
         by_text = part.pivot_table(index="layer", columns="text", values=quantity)
         colour = condition_colour(str(condition))

@@ -3,6 +3,8 @@ the answer."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
@@ -26,7 +28,7 @@ def raised_tokens(df: pd.DataFrame, k: int = 8) -> go.Figure:
     for column, place in enumerate(places, start=1):
         part = df.loc[(df["where"] == place) & (df["rank"] < k)].sort_values("delta")
         part = part.drop_duplicates("token_id")
-        names = [f"{label(readable(t), limit=14)}  ·{i}" for t, i in zip(part["token"], part["token_id"], strict=True)]
+        names = unique_names(part["token"], part["token_id"])
         made.add_bar(
             x=part["delta"],
             y=names,
@@ -47,6 +49,12 @@ def raised_tokens(df: pd.DataFrame, k: int = 8) -> go.Figure:
         made.update_xaxes(title_text="Δp", tickformat="+.2f", row=1, col=column)
         made.update_yaxes(type="category", tickfont={"family": MONO, "size": 11}, row=1, col=column)
     return made
+
+
+def unique_names(tokens: Iterable[str], ids: Iterable[int]) -> list[str]:
+    """Tokens as they are shown, with their ids where two look the same."""
+    shown = [label(readable(token), limit=14) for token in tokens]
+    return [f"{n} ({i})" if shown.count(n) > 1 else n for n, i in zip(shown, ids, strict=True)]
 
 
 def token_effects(df: pd.DataFrame) -> go.Figure:

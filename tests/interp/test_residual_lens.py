@@ -93,7 +93,7 @@ def test_top_is_topk(size: int) -> None:
 def test_contrasts_are_of_equal_length(exact: Exact, vectors: Vectors) -> None:
     steered = vectors(exact())
     found = contrasts(steered, scales=(-1.0, 2.0))
-    assert list(found) == ["base", "steered", "steered × -1", "steered × 2", "random"]
+    assert list(found) == ["base", "steered", "steered × −1", "steered × 2", "random"]
     random = found["random"]
     assert isinstance(random, SteeringVectors)
     for site, length in steered.norms().items():
