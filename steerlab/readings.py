@@ -18,10 +18,13 @@ from steerlab.errors import UsageError
 from steerlab.interp import persistence as following
 from steerlab.interp import token_effects as effects
 from steerlab.interp.residual_lens import residual_lens
+from steerlab.interp.substitution import raised_first
+from steerlab.interp.substitution import substitution as interp_substitution
 from steerlab.interp.texts import Text, contrasts, sampled
 from steerlab.models import LanguageModel
 from steerlab.plots import persistence as plot_persistence
 from steerlab.plots import residual_lens as plot_lens
+from steerlab.plots import substitution as plot_substitution
 from steerlab.plots import token_effects as plot_effects
 from steerlab.rollouts import Evaluation, Policy
 from steerlab.runs import Run
@@ -34,6 +37,10 @@ class Reading:
 
     tables: dict[str, pd.DataFrame]
     figures: dict[str, go.Figure]
+
+    def with_(self, other: Reading) -> Reading:
+        """Both, as one."""
+        return Reading(self.tables | other.tables, self.figures | other.figures)
 
     def save(self, run: Run) -> tuple[Path, ...]:
         """Put everything into a run's folder. Returns where."""
@@ -90,6 +97,23 @@ def tokens(model: LanguageModel, vectors: SteeringVectors, texts: Sequence[Text]
             "raised_tokens": plot_effects.raised_tokens(found.tokens, min(k, 8)),
         },
     )
+
+
+def substitution(
+    model: LanguageModel,
+    vectors: SteeringVectors,
+    texts: Sequence[Text],
+    task: Task,
+    evaluation: Evaluation,
+    token: str = "",
+    *,
+    seed: int = 0,
+) -> Reading:
+    """Whether the base model given the token that the vectors raise first (or `token`) does as well as with them; the
+    control is the token that they lower most there."""
+    raised, lowered = raised_first(effects.token_effects(model, texts, vectors, k=1))
+    table = interp_substitution(model, task, vectors, evaluation, token or raised, lowered, seed=seed)
+    return Reading({"substitution": table}, {"substitution": plot_substitution.substitution(table)})
 
 
 def persistence(model: LanguageModel, vectors: SteeringVectors, texts: Sequence[Text], *, seed: int = 0) -> Reading:

@@ -154,6 +154,26 @@ SCHEMAS: dict[str, tuple[Column, ...]] = {
         Column("high", "float", "share", "upper end of the 95 % interval over texts"),
         Column("n_texts", "int", "texts", "texts that have such a position"),
     ),
+    "substitution": (
+        Column(
+            "condition", "str", "1", "base, appended, appended_other, steered, random, first_position, later_positions"
+        ),
+        Column("temperature", "float", "1", "sampling temperature; 0 is greedy"),
+        Column("metric", "str", "1", "avg@k"),
+        Column("value", "float", "share", "estimate over problems (and seeds of the vectors)"),
+        Column("low", "float", "share", "lower end of the 95 % interval"),
+        Column("high", "float", "share", "upper end of the 95 % interval"),
+        Column("gain", "float", "share", "value minus that of the base model, paired over problems"),
+        Column("gain_low", "float", "share", "lower end of its 95 % interval"),
+        Column("gain_high", "float", "share", "upper end of its 95 % interval"),
+        Column("share", "float", "1", "share of the vectors' gain; missing where that is not above 0"),
+        Column("share_low", "float", "1", "lower end of its 95 % interval"),
+        Column("share_high", "float", "1", "upper end of its 95 % interval"),
+        Column("n_problems", "int", "problems", "problems evaluated"),
+        Column("n_seeds", "int", "seeds", "training seeds of the vectors"),
+        Column("token", "str", "1", "what the base model was given to begin with"),
+        Column("other", "str", "1", "what it was given as a control"),
+    ),
     "persistence": (
         Column("condition", "str", "1", "trained, or a random direction of equal length"),
         Column("source", "int", "1", "0-based decoder block whose vector is added"),

@@ -79,6 +79,10 @@ def lens(
 def tokens(
     run: RunOrVectors,
     k: Annotated[int, tyro.conf.arg(help="Tokens at either end.")] = 10,
+    append: Annotated[
+        bool, tyro.conf.arg(help="Also give the base model the most raised first token instead of the vectors.")
+    ] = False,
+    token: Annotated[str, tyro.conf.arg(help="With --append: give it this text instead.", metavar="TEXT")] = "",
     task: Annotated[str, say("task_of")] = "",
     problems: Problems = 32,
     layers: Annotated[tuple[int, ...] | None, say("layers_read")] = None,
@@ -91,14 +95,20 @@ def tokens(
     """Show which next tokens the vectors make likelier and less likely: the first, and later ones."""
     from steerlab import readings
     from steerlab.command_line import show
-    from steerlab.command_line.subjects import subject, texts_about
+    from steerlab.command_line.subjects import asked_about, subject, texts_about
 
+    if token and not append:
+        raise UsageError("--token is what the base model is given instead of the vectors; add --append")
     about = subject(run, model, dtype, allow_other_weights)
     folder = place(about, out)
     texts = texts_about(about, (), task, problems, seed)
     vectors = about.vectors if layers is None else about.vectors.select(layers)
     found = readings.tokens(about.model, vectors, texts, k=k)
     show.raised(console(), found.tables["raised_tokens"], found.tables["token_effects"])
+    if append:
+        asked, evaluation = asked_about(about, task)
+        found = found.with_(readings.substitution(about.model, vectors, texts, asked, evaluation, token, seed=seed))
+        show.substitution(console(), found.tables["substitution"])
     return keep(found, folder)
 
 

@@ -115,6 +115,22 @@ def raised(console: Console, means: pd.DataFrame, positions: pd.DataFrame) -> No
     )
 
 
+def substitution(console: Console, table: pd.DataFrame) -> None:
+    """What stands in for the vectors: its score and its share of their gain, with 95 % intervals."""
+    token, other = (visible(str(table[name].iloc[0])) for name in ("token", "other"))
+    shown = Table(box=None, pad_edge=False, title=f"base given “{token}” (appended) or “{other}” (appended other)")
+    shown.add_column("temperature", justify="right")
+    shown.add_column("condition")
+    for name in ("score", "95 % interval", "share of the gain", "its interval"):
+        shown.add_column(name, justify="right")
+    for row in table.to_dict("records"):
+        known = row["share"] == row["share"]
+        share = (f"{row['share']:.2f}", f"{row['share_low']:.2f}–{row['share_high']:.2f}") if known else ("—", "—")
+        score = (f"{row['value']:.3f}", f"{row['low']:.3f}–{row['high']:.3f}")
+        shown.add_row(f"{row['temperature']:g}", Text(words(str(row["condition"]))), *score, *share)
+    console.print(shown)
+
+
 def persistence(console: Console, table: pd.DataFrame) -> None:
     """Of each layer's vector, trained and random: one direction at all tokens, and its length, at the last layer."""
     last = table.loc[table["layer"] == table["layer"].max()]

@@ -118,15 +118,19 @@ def texts_about(about: Subject, prompts: Sequence[str], task: str, problems: int
     """The user's own `prompts`, or what the steered model answers to problems of `task` ("": the run's)."""
     if prompts:
         return of_strings(about.model, prompts)
-    experiment = about.experiment
-    if task:
-        asked = make(task)
-    elif experiment is not None:
-        asked = experiment.source.task
-    else:
-        raise UsageError("no texts to read; add --task NAME, or --prompt TEXT where the command has it")
-    evaluation = Evaluation() if experiment is None else experiment.evaluation
+    asked, evaluation = asked_about(about, task)
     return readings.own_texts(about.model, about.vectors, asked, evaluation, problems, seed)
+
+
+def asked_about(about: Subject, task: str) -> tuple[Task, Evaluation]:
+    """The task called `task` ("": the run's), and how the run is evaluated. Raises UsageError for neither."""
+    experiment = about.experiment
+    evaluation = Evaluation() if experiment is None else experiment.evaluation
+    if task:
+        return make(task), evaluation
+    if experiment is None:
+        raise UsageError("no texts to read; add --task NAME, or --prompt TEXT where the command has it")
+    return experiment.source.task, evaluation
 
 
 def ids_of(about: Subject, words: Sequence[str]) -> tuple[int, ...]:

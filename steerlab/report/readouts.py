@@ -6,6 +6,7 @@ import pandas as pd
 
 from steerlab.plots import persistence as persistence_plots
 from steerlab.plots import residual_lens as lens_plots
+from steerlab.plots import substitution as substitution_plots
 from steerlab.plots import token_effects as effect_plots
 from steerlab.plots.house import readable
 from steerlab.report.page import Section, Table
@@ -19,6 +20,8 @@ def reading_sections(run: Run) -> list[Section]:
         found.append(stream_section(run.table("residual_lens"), run.table("lens_spread")))
     if {"token_effects", "raised_tokens"} <= names:
         found.append(effects_section(run.table("token_effects"), run.table("raised_tokens")))
+    if "substitution" in names:
+        found.append(substitution_section(run.table("substitution")))
     if "persistence" in names:
         found.append(persistence_section(run.table("persistence")))
     return found
@@ -67,6 +70,24 @@ def effects_section(positions: pd.DataFrame, means: pd.DataFrame) -> Section:
         figures=(effect_plots.raised_tokens(means), effect_plots.token_effects(positions)),
         folded=(("All raised and lowered tokens", table),),
     )
+
+
+def substitution_section(table: pd.DataFrame) -> Section:
+    """Whether a token given to the base model does what the vectors do."""
+    token, other = (readable(str(table[name].iloc[0])) for name in ("token", "other"))
+    told = []
+    for row in table.loc[table["condition"] == "appended"].to_dict("records"):
+        heat = "greedily" if row["temperature"] == 0 else f"at temperature {row['temperature']:g}"
+        share = f"{row['share']:.0%} ({row['share_low']:.0%} to {row['share_high']:.0%}) of the vectors' gain"
+        known = share if row["share"] == row["share"] else "a share that is not defined, since the vectors gain nothing"
+        gain = f"{row['gain']:+.3f} ({row['gain_low']:+.3f} to {row['gain_high']:+.3f})"
+        told.append(f"{heat} it gains {gain}, {known}")
+    text = (
+        f"The base model was given “{token}” to begin its answers with, the token that the vectors raise most at the "
+        f"first generated position: {'; '.join(told)}. Controls: “{other}”, the token lowered most there, and a random "
+        f"direction of equal length. {table['n_problems'].iloc[0]} held-out problems, intervals of 95 % over them."
+    )
+    return Section("Token substitution", text, figures=(substitution_plots.substitution(table),))
 
 
 def persistence_section(table: pd.DataFrame) -> Section:

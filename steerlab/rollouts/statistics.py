@@ -123,6 +123,31 @@ def paired_difference(
     return bootstrap_interval(ours - theirs, seed=seed, level=level, resamples=resamples, bounds=(-1.0, 1.0))
 
 
+def share_of_gain(
+    scores: Float[np.ndarray, "*axes"],
+    whole: Float[np.ndarray, "*axes"],
+    baseline: Float[np.ndarray, "*axes"],
+    *,
+    seed: int = 0,
+    level: float = 0.95,
+    resamples: int = 10_000,
+) -> Interval | None:
+    """(scores − baseline) / (whole − baseline), means over the same problems (or seeds × problems), with the percentile
+    interval of the ratio. None where the gain that is shared out is not above 0 itself: its interval has 0 in it.
+    """
+    gained, of = (np.atleast_2d(side) - np.atleast_2d(baseline) for side in (scores, whole))
+    if paired_difference(whole, baseline, seed=seed, level=level, resamples=resamples).low <= 0:
+        return None
+    generator = np.random.default_rng(seed)
+    n_seeds, n_problems = of.shape
+    by_problem = generator.multinomial(n_problems, np.full(n_problems, 1 / n_problems), size=resamples)
+    by_seed = generator.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=resamples)
+    part, total = (np.einsum("rs,rs->r", by_seed, by_problem @ grid.T) for grid in (gained, of))
+    tail = (1 - level) / 2
+    low, high = np.quantile(part[total > 0] / total[total > 0], [tail, 1 - tail])
+    return Interval(float(gained.mean() / of.mean()), float(low), float(high))
+
+
 def summarise(
     completions: pd.DataFrame,
     *,
@@ -175,15 +200,8 @@ def gain(
 
     For avg@k the two may have different numbers of samples; for pass@k the k must be the same.
     """
-    parts = {str(name): part for name, part in completions.groupby("condition", observed=True)}
-    sides: list[tuple[str, Float[np.ndarray, "seeds problems"], list[object]]] = []
-    for name in (condition, baseline):
-        if name not in parts:
-            raise UsageError(f"no completions of condition {name!r}; the table has {', '.join(parts) or 'none'}")
-        correct, problems = _grid(parts[name], name)
-        resolved, scores = _score(metric, correct)
-        sides.append((resolved, scores, problems))
-    (ours, scores, problems), (theirs, base_scores, base_problems) = sides
+    ours, scores, problems = problem_scores(completions, condition, metric)
+    theirs, base_scores, base_problems = problem_scores(completions, baseline, metric)
     if ours != theirs and metric.startswith("pass@"):
         raise UsageError(f"{ours} and {theirs} cannot be compared; name one k that both conditions have samples for")
     if problems != base_problems:
@@ -191,6 +209,17 @@ def gain(
             f"{condition!r} and {baseline!r} were evaluated on different problems; evaluate both on the same"
         )
     return paired_difference(scores, base_scores, seed=seed, level=level, resamples=resamples)
+
+
+def problem_scores(
+    completions: pd.DataFrame, condition: str, metric: str = "avg@k"
+) -> tuple[str, Float[np.ndarray, "seeds problems"], list[object]]:
+    """One condition's metric with its k spelled out, its score per seed and problem, and the problems in that order."""
+    parts = {str(name): part for name, part in completions.groupby("condition", observed=True)}
+    if condition not in parts:
+        raise UsageError(f"no completions of condition {condition!r}; the table has {', '.join(parts) or 'none'}")
+    correct, problems = _grid(parts[condition], condition)
+    return *_score(metric, correct), problems
 
 
 def _grid(completions: pd.DataFrame, condition: str) -> tuple[Bool[np.ndarray, "seeds problems samples"], list[object]]:

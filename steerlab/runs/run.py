@@ -52,7 +52,8 @@ class Run:
         wanted = encode(experiment)
         if (folder / "manifest.json").exists():
             run = cls.open(folder)
-            if run.manifest.get("experiment") != wanted:
+            # a field that a later version added, left at its default, makes no other experiment
+            if run.manifest.get("experiment") != wanted and encode(run.experiment) != wanted:
                 raise UsageError(
                     f"{folder} already holds a run of another configuration; choose another folder or remove this one"
                 )

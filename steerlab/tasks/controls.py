@@ -48,6 +48,9 @@ class RandomReward:
     def few_shot(self, n: int, seed: int = 0) -> RandomReward:
         return replace(self, task=self.task.few_shot(n, seed))
 
+    def opened(self, words: str) -> RandomReward:
+        return replace(self, task=self.task.opened(words))
+
 
 @dataclass(frozen=True)
 class FormatOnlyReward:
@@ -85,12 +88,16 @@ class FormatOnlyReward:
     def few_shot(self, n: int, seed: int = 0) -> FormatOnlyReward:
         return replace(self, task=self.task.few_shot(n, seed))
 
+    def opened(self, words: str) -> FormatOnlyReward:
+        return replace(self, task=self.task.opened(words))
+
     def _in_form(self, problem: Problem, text: str, extracted: str | None) -> bool:
         if extracted is None:
             return False
         if self.form == "found":
             return True
         alone = self.task.verifier.solved(replace(problem, answer=extracted))
+        text = self.task.layout.opening + text
         return alone is not None and text.replace(",", "").strip().rstrip(".") == alone.replace(",", "").strip()
 
 

@@ -23,10 +23,14 @@ R1_PREAMBLE = (
 
 
 def encode(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of the prompt, special tokens included, ending where the completion begins.
+    """Token ids of the prompt, special tokens included, ending where the completion begins: after the opening, if any.
 
     UsageError for a chat prompt and a tokenizer without a chat template, and for an unknown style.
     """
+    return _asked(prompt, tokenizer) + _ids(prompt.opening, tokenizer)
+
+
+def _asked(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     templated = bool(tokenizer.chat_template)
     match prompt.style:
         case "chat":

@@ -39,6 +39,7 @@ class Common:
     system: str = ""
     instruction: str = ""
     solution: str = ""
+    opening: str = ""
     wrong: float = -1.0
     right: float = 1.0
     shots: int = 0
@@ -199,6 +200,7 @@ def _finished(task: ProblemSet, common: Common) -> Task:
         system=common.system or task.layout.system,
         instruction=common.instruction or task.layout.instruction,
         solution=common.solution or task.layout.solution,
+        opening=common.opening or task.layout.opening,
     )
     verifier = _verifier(common.verifier) if common.verifier else task.verifier
     if style == "r1" and isinstance(verifier, Boxed):

@@ -49,6 +49,9 @@ class Letters:
     def validate(self) -> list[tuple[Problem, Judgement]]:
         return []
 
+    def opened(self, words: str) -> Letters:
+        raise NotImplementedError
+
     def few_shot(self, n: int, seed: int = 0) -> Letters:
         return self
 
