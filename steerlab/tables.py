@@ -96,6 +96,15 @@ SCHEMAS: dict[str, tuple[Column, ...]] = {
         Column("n_problems", "int", "problems", "problems evaluated"),
         Column("n_samples", "int", "completions", "completions per problem"),
     ),
+    "gradient_energy": (
+        Column("layer", "int", "1", "0-based decoder block"),
+        Column("energy", "float", "reward² / activation units²", "‖∂J/∂s_l‖² at zero vectors, without its noise"),
+        Column("low", "float", "reward² / activation units²", "lower end of its 95 % interval over problems"),
+        Column("high", "float", "reward² / activation units²", "upper end of its 95 % interval over problems"),
+        Column("with_noise", "float", "reward² / activation units²", "squared length of the mean gradient"),
+        Column("n_problems", "int", "problems", "problems answered"),
+        Column("n_samples", "int", "completions", "completions per problem"),
+    ),
     "logit_lens": (
         *_SITE,
         Column("readout", "str", "1", "dot, cosine or softmax"),
