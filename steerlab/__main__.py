@@ -331,6 +331,7 @@ COMMANDS: Mapping[str, Callable[..., int]] = {
     "lens": readouts.lens,
     "tokens": readouts.tokens,
     "persistence": readouts.persistence,
+    "adaptive": readouts.adaptive,
     "report": report,
     "models": models,
     "recipes": recipes,

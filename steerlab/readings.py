@@ -13,8 +13,9 @@ from pathlib import Path
 import pandas as pd
 import plotly.graph_objects as go
 
-from steerlab.adapters import SteeringVectors
+from steerlab.adapters import LoRAWeights, SteeringVectors
 from steerlab.errors import UsageError
+from steerlab.interp import adaptive as interp_adaptive
 from steerlab.interp import persistence as following
 from steerlab.interp import token_effects as effects
 from steerlab.interp.residual_lens import residual_lens
@@ -22,13 +23,14 @@ from steerlab.interp.substitution import raised_first
 from steerlab.interp.substitution import substitution as interp_substitution
 from steerlab.interp.texts import Text, contrasts, sampled
 from steerlab.models import LanguageModel
+from steerlab.plots import adaptive as plot_adaptive
 from steerlab.plots import persistence as plot_persistence
 from steerlab.plots import residual_lens as plot_lens
 from steerlab.plots import substitution as plot_substitution
 from steerlab.plots import token_effects as plot_effects
 from steerlab.rollouts import Evaluation, Policy
 from steerlab.runs import Run
-from steerlab.tasks import Task
+from steerlab.tasks import Task, segments
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,21 @@ def substitution(
     raised, lowered = raised_first(effects.token_effects(model, texts, vectors, k=1))
     table = interp_substitution(model, task, vectors, evaluation, token or raised, lowered, seed=seed)
     return Reading({"substitution": table}, {"substitution": plot_substitution.substitution(table)})
+
+
+def adaptive(
+    model: LanguageModel, weights: LoRAWeights, task: Task, evaluation: Evaluation, n: int, *, seed: int = 0
+) -> Reading:
+    """How strong a rank-1 adapter's vector is at each token of what the adapted model answers to `n` problems."""
+    if n < 1:
+        raise UsageError(f"problems is {n}; a reading needs at least 1")
+    asked = evaluation.problems(task)[:n]
+    texts = sampled(Policy(model, weights), task, asked, evaluation.sampling, seed=seed)
+    parts = [segments(task.prompt(problem), model.tokenizer) for problem in asked]
+    table = interp_adaptive.adaptive(model, weights, texts, parts)
+    found = interp_adaptive.shares(table, seed=seed)
+    figures = {"adaptive": plot_adaptive.adaptive(table), "adaptive_shares": plot_adaptive.adaptive_shares(found)}
+    return Reading({"adaptive": table, "adaptive_shares": found}, figures)
 
 
 def persistence(model: LanguageModel, vectors: SteeringVectors, texts: Sequence[Text], *, seed: int = 0) -> Reading:

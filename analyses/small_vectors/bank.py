@@ -18,6 +18,7 @@ from steerlab.adapters import SteeringVectors, formats
 from steerlab.execute import dtype_of
 from steerlab.models import LanguageModel, load
 from steerlab.progress import Progress
+from steerlab.readings import Reading
 from steerlab.recipes import rloo
 from steerlab.rollouts import Evaluation
 from steerlab.runs import Run
@@ -43,7 +44,7 @@ class Size:
 
 
 SIZES: dict[Scale, Size] = {
-    "tiny": Size((0, 1), (0, 1), steps=1, prompts=2, samples=2, lr=(0.1, 0.1), limit=3, answers=1),
+    "tiny": Size((0, 1), (0, 1), steps=1, prompts=2, samples=4, lr=(0.1, 0.1), limit=3, answers=1),
     "small": Size(
         (0, 4, 8, 12, 15, 18, 21, 24, 28, 29),
         (0, 1, 2),
@@ -98,7 +99,8 @@ def trained(options: Options, *, exact: bool = False) -> Bank:
     """The bank below `options.out`, trained as far as it is not yet, and its model: as it was trained, or in fp32 for
     differences of states (`exact`)."""
     size, folder = SIZES[options.scale], options.out / "bank"
-    task = make("chain_sum")
+    # a toy model is never right; paid at random its vectors are at least not zero
+    task = make("chain_sum", control="random_reward" if options.scale == "tiny" else "")
     experiment = rloo(task, options.model, steps=size.steps, prompts=size.prompts, samples=size.samples)
     evaluation = replace(experiment.evaluation, samples=size.answers, limit=size.limit)
     if options.scale == "tiny":
@@ -110,3 +112,8 @@ def trained(options: Options, *, exact: bool = False) -> Bank:
         )
     model = load(options.model, dtype=torch.float32 if exact else dtype_of(home))
     return Bank(model, task, evaluation, folder, home, size.layers, size.seeds)
+
+
+def keep(options: Options, name: str, reading: Reading) -> None:
+    """Tables and figures of a script, below `options.out`."""
+    reading.save(Run.create(options.out / name, kind="analysis", status="done", model=options.model))

@@ -34,7 +34,8 @@ MEANINGS: Mapping[str, str] = {
     "problems": "Held-out problems whose answers are read, one sample each.",
     "prompt": "A text of your own to read instead, may be repeated.",
     "site": "Where the vector is added, e.g. resid_post, attn_out, mlp_out.",
-    "adapter": "What is trained: steering vectors, or a LoRA of rank 8 on every linear module (others from Python).",
+    "adapter": "What is trained: steering vectors, a LoRA of rank 8 on every linear module, or vectors whose strength "
+    "depends on the token (rank 1 on every down-projection); others from Python.",
     "advantage": "How the rewards of a group become credit.",
     "steps": "Training steps, one update each.",
     "prompts": "Problems per step.",
@@ -179,7 +180,9 @@ def choices() -> dict[Any, Choice]:
     from steerlab.objectives import Advantage, GroupMean, GroupNormalised, LeaveOneOut
 
     return {
-        AdapterSpec | None: Choice({"steering": None, "lora": LoRA()}),
+        AdapterSpec | None: Choice(
+            {"steering": None, "lora": LoRA(), "adaptive": LoRA(rank=1, alpha=1.0, targets=("down_proj",))}
+        ),
         Advantage: Choice(
             {"leave_one_out": LeaveOneOut(), "group_mean": GroupMean(), "group_normalised": GroupNormalised()}
         ),

@@ -138,6 +138,31 @@ def persistence(
     return keep(found, folder)
 
 
+def adaptive(
+    run: RunOrVectors,
+    task: Annotated[str, say("task_of")] = "",
+    problems: Problems = 16,
+    seed: Annotated[int, say("seed")] = 0,
+    model: Annotated[str, say("model_of")] = "",
+    dtype: Exactly = "fp32",
+    out: Folder = "",
+    allow_other_weights: OtherWeights = False,
+) -> int:
+    """Show at which tokens a vector of token-wise strength acts (`train --adapter adaptive`)."""
+    from steerlab import readings
+    from steerlab.adapters import LoRAWeights
+    from steerlab.command_line import show
+    from steerlab.command_line.subjects import asked_about, subject
+
+    about = subject(run, model, dtype, allow_other_weights)
+    if not isinstance(about.adapter, LoRAWeights):
+        raise UsageError(f"{run} has vectors of one strength; train with --adapter adaptive for one by token")
+    folder = place(about, out)
+    found = readings.adaptive(about.model, about.adapter, *asked_about(about, task), problems, seed=seed)
+    show.adaptive(console(), found.tables["adaptive_shares"])
+    return keep(found, folder)
+
+
 def place(about: Subject, out: str) -> Run:
     """The folder that a reading goes to: the subject's run, or `out`, a new one. Raises UsageError for neither."""
     from steerlab.runs import Run

@@ -131,6 +131,23 @@ def substitution(console: Console, table: pd.DataFrame) -> None:
     console.print(shown)
 
 
+def adaptive(console: Console, table: pd.DataFrame) -> None:
+    """By segment: its share of the tokens, and by layer what of the strength it has."""
+    shown = Table(box=None, pad_edge=False, title="share of the strength Σ|λ| (* p < 0.05), by layer")
+    shown.add_column("segment")
+    shown.add_column("of the tokens", justify="right")
+    layers = sorted(set(table["layer"]))
+    chosen = layers if len(layers) <= 8 else [layers[round(i * (len(layers) - 1) / 7)] for i in range(8)]
+    for layer in chosen:
+        shown.add_column(str(layer), justify="right")
+    cells = table.set_index(["segment", "layer"])
+    for segment in dict.fromkeys(table["segment"]):
+        found = [cells.loc[(segment, layer)] for layer in chosen]
+        told = [f"{row['magnitude_share']:.1%}{'*' if row['p'] < 0.05 else ' '}" for row in found]
+        shown.add_row(Text(str(segment)), f"{found[0]['token_share']:.1%}", *told)
+    console.print(shown)
+
+
 def persistence(console: Console, table: pd.DataFrame) -> None:
     """Of each layer's vector, trained and random: one direction at all tokens, and its length, at the last layer."""
     last = table.loc[table["layer"] == table["layer"].max()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from steerlab.tasks.controls import FormatOnlyReward, RandomReward
 from steerlab.tasks.gym import Gym, GymScore
 from steerlab.tasks.ifeval import Follows
-from steerlab.tasks.prompts import encode
+from steerlab.tasks.prompts import encode, segments
 from steerlab.tasks.records import Columns, Place, Records
 from steerlab.tasks.register import TASKS, make
 from steerlab.tasks.task import (
@@ -53,4 +53,5 @@ __all__ = [
     "Verifier",
     "encode",
     "make",
+    "segments",
 ]

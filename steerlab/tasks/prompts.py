@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+from jaxtyping import Shaped
 from transformers import PreTrainedTokenizerBase
 
 from steerlab.errors import UsageError, unknown
@@ -20,6 +22,8 @@ R1_PREAMBLE = (
     "first thinks about the reasoning in its mind and then gives the answer. The reasoning and the answer are enclosed "
     "in <think> </think> and <answer> </answer> tags: <think> reasoning here </think> <answer> answer here </answer>."
 )
+
+SEGMENTS = ("system", "role tag", "example", "question", "generation prompt", "opening")
 
 
 def encode(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -48,6 +52,53 @@ def _asked(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
             return _start(tokenizer) + _ids(_plain(prompt.messages), tokenizer)
         case style:
             raise unknown("prompt style", style, STYLES)
+
+
+def segments(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What each token of `encode(prompt, tokenizer)` belongs to: one of SEGMENTS.
+
+    A message's own words are "system", "question" (the last user turn) or "example" (turns before it); of what the
+    template adds, what stands between a special token and the end of its line is a "role tag", what follows the last
+    turn's words is the "generation prompt", other words before the first turn are "system". Raises UsageError for a
+    tokenizer that does not say which characters a token stands for.
+    """
+    ids = _asked(prompt, tokenizer)
+    if not tokenizer.is_fast:
+        raise UsageError("this tokenizer does not say where its tokens stand in a text; use its fast version")
+    text = str(tokenizer.decode(ids))
+    kinds = np.full(len(text), "", dtype=object)
+    cursor = 0
+    last = max(i for i, message in enumerate(prompt.messages) if message.role == "user")
+    for place, message in enumerate(prompt.messages):
+        words = message.content.strip()
+        start = text.find(words, cursor)
+        if start < 0:
+            raise UsageError(f"the template has changed the words of the {message.role} turn; segments are not known")
+        cursor = start + len(words)
+        kinds[start:cursor] = "system" if message.role == "system" else "question" if place == last else "example"
+    kinds[cursor:] = "generation prompt"
+    found = _named(ids, text, kinds, tokenizer)
+    return found + ["opening"] * len(_ids(prompt.opening, tokenizer))
+
+
+def _named(
+    ids: list[int], text: str, kinds: Shaped[np.ndarray, " char"], tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    """The kind of each token, by the characters that decoding up to it adds."""
+    special = set(tokenizer.all_special_ids)
+    found, tagged, before = [], True, 0
+    for place, token in enumerate(ids):
+        end = len(tokenizer.decode(ids[: place + 1]))
+        inside = [kind for kind in kinds[before:end] if kind]
+        before = min(end, len(text))
+        if inside:
+            found.append(inside[-1])
+            continue
+        tagged = token in special or tagged
+        found.append("role tag" if tagged else "system")
+        if "\n" in tokenizer.decode([token]):
+            tagged = False
+    return found
 
 
 def _chat(messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase) -> list[int]:

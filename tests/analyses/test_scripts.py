@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -71,6 +72,50 @@ def test_harder_rungs(tiny_folder: Path, tmp_path: Path) -> None:
     module = script("bias_only/harder_rungs")
     table = module.main(module.Options(tmp_path / "study", scale="tiny", model=str(tiny_folder)))
     assert set(table["cell"]) == {"two_digits", "two_digits-random_reward"}
+
+
+@pytest.fixture(scope="module")
+def small_vectors(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """What every script of that folder is given: one place, so that the bank is trained once."""
+    folder = str(ROOT / "analyses" / "small_vectors")
+    sys.path.insert(0, folder)
+    yield {"out": tmp_path_factory.mktemp("small_vectors"), "scale": "tiny", "model": str(tiny_folder)}
+    sys.path.remove(folder)
+    sys.modules.pop("bank", None)
+
+
+@pytest.mark.slow
+def test_layer_curve(small_vectors: dict[str, Any]) -> None:
+    module = script("small_vectors/layer_curve")
+    table = module.main(module.Options(**small_vectors))
+    tables.check(table, "gradient_energy")
+    assert list(table["layer"]) == [0, 1]
+    assert table["least"].le(table["most"]).all()
+
+
+@pytest.mark.slow
+def test_last_layer(small_vectors: dict[str, Any]) -> None:
+    module = script("small_vectors/last_layer")
+    table = module.main(module.Options(**small_vectors))
+    tables.check(table, "substitution")
+    assert set(table["n_seeds"]) == {2}
+    assert len(table) == 14
+
+
+@pytest.mark.slow
+def test_persistence(small_vectors: dict[str, Any]) -> None:
+    module = script("small_vectors/persistence")
+    table = module.main(module.Options(**small_vectors))
+    assert set(table["condition"]) == {"trained", "random"}
+    assert table["value"].between(-1, 1).all()
+
+
+@pytest.mark.slow
+def test_adaptive(small_vectors: dict[str, Any]) -> None:
+    module = script("small_vectors/adaptive")
+    table = module.main(module.Options(**small_vectors))
+    assert set(table["condition"]) == {"trained", "random_reward"}
+    assert table.groupby("condition")["magnitude_share"].sum().round(6).eq(1).all()
 
 
 def test_batch_invariance(benchmarks: Path, tiny_folder: Path, tmp_path: Path) -> None:
