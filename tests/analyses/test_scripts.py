@@ -73,6 +73,35 @@ def test_harder_rungs(tiny_folder: Path, tmp_path: Path) -> None:
     assert set(table["cell"]) == {"two_digits", "two_digits-random_reward"}
 
 
+@pytest.fixture
+def small_vectors(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of these scripts, importable and with nothing of it left behind."""
+    folder = ROOT / "analyses" / "small_vectors"
+    monkeypatch.syspath_prepend(str(folder))
+    yield folder
+    for path in folder.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+@pytest.mark.slow
+def test_composition(small_vectors: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    module = script("small_vectors/composition")
+    table = module.main(module.Options(tmp_path / "study", scale="tiny", model=str(tiny_folder)))
+    tables.check(table, "composition")
+    assert set(table["condition"]) == {"trained", "random"} and set(table["n_seeds"]) == {2}
+    assert (tmp_path / "study" / "composition" / "figures" / "composition_gain.html").exists()
+
+
+@pytest.mark.slow
+def test_transfer(small_vectors: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = script("small_vectors/transfer")
+    table = module.main(module.Options(tmp_path / "study", scale="tiny", model=str(tiny_folder)))
+    tables.check(table, "transfer")
+    assert set(table["recipient"]) == {"one digit", "plain"} and len(table) == 2 * (2 + 2 * 3)
+    assert "second family: left out" in capsys.readouterr().out
+    assert (tmp_path / "study" / "transfer" / "figures" / "transfer_value.html").exists()
+
+
 def test_batch_invariance(benchmarks: Path, tiny_folder: Path, tmp_path: Path) -> None:
     module = script("benchmarks/batch_invariance")
     options = module.Options(tmp_path, scale="tiny", dtypes=("fp64",), splits=(3,), model=str(tiny_folder))
