@@ -9,11 +9,11 @@ from plotly.subplots import make_subplots
 
 from steerlab import tables
 from steerlab.errors import UsageError, unknown
-from steerlab.plots.house import COLOURBAR, COLOURS, DIVERGING, HOUSE, INK, SEQUENTIAL, band, figure, label
+from steerlab.plots.house import COLOURBAR, COLOURS, DIVERGING, GRID, HOUSE, INK, SEQUENTIAL, band, figure, label
 
 TITLES = {
-    "gain": "What a pair gains over the better of its two vectors",
-    "value": "Score of a pair of vectors",
+    "gain": "What a pair gains over the better of its two vectors (× where it gains all that is to be had)",
+    "value": "Score of a pair of vectors (× where it gains all that is to be had)",
     "relative": "Gain of a pair, as a share of what vectors trained together gain",
 }
 CROSSED = 0.99
@@ -28,7 +28,8 @@ _LEVELS = {
 
 def composition(df: pd.DataFrame, quantity: str = "gain") -> go.Figure:
     """Layer i by row, layer j by column, a panel per condition. On the diagonal the score of the vector by itself, in
-    per cent; × where `relative` is above 0.99. Raises UsageError for an unknown quantity or an empty table."""
+    per cent; × where `relative` is above 0.99; grey where there is nothing. Raises UsageError for an unknown quantity
+    or an empty table."""
     tables.check(df, "composition")
     if quantity not in TITLES:
         raise unknown("quantity", quantity, tuple(TITLES))
@@ -38,7 +39,7 @@ def composition(df: pd.DataFrame, quantity: str = "gain") -> go.Figure:
     layers = sorted({*df["layer_i"], *df["layer_j"]})
     titles = [label(_SHORT.get(name, name)) for name in conditions]
     made = make_subplots(rows=1, cols=len(conditions), subplot_titles=titles, horizontal_spacing=0.08)
-    made.update_layout(template=HOUSE, height=480, title_text=TITLES[quantity])
+    made.update_layout(template=HOUSE, height=500, title_text=TITLES[quantity], margin_t=84, plot_bgcolor=GRID)
     shown = df.loc[(df["layer_i"] < df["layer_j"]) | (quantity == "value"), quantity].dropna().abs()
     signed, largest = quantity != "value", float(shown.max() or 1.0) if len(shown) else 1.0
     names = [str(layer) for layer in layers]
@@ -54,7 +55,7 @@ def composition(df: pd.DataFrame, quantity: str = "gain") -> go.Figure:
             zmax=largest,
             text=own,
             texttemplate="%{text}",
-            textfont={"size": 10, "color": INK},
+            textfont={"size": 10},
             showscale=column == len(conditions),
             colorbar={**COLOURBAR, "title_text": "share" if quantity == "relative" else "share of problems"},
             hovertemplate="layers %{y} and %{x}<br>%{z:.3f}<extra></extra>",
@@ -107,16 +108,13 @@ def composition_sets(df: pd.DataFrame) -> go.Figure:
     for split, part in path.groupby("split", sort=False):
         held = split == told
         colour = COLOURS[0] if held else COLOURS[3]
-        made.add_scatter(**band(part["n_vectors"], part["low"], part["high"], colour))
-        added = ["none", *(layers.split()[-1] for layers in part["layers"].iloc[1:])]
+        made.add_scatter(**band(part["n_vectors"], part["low"], part["high"], colour), mode="lines")
         made.add_scatter(
             x=part["n_vectors"],
             y=part["value"],
             name=label(f"greedy, {split} split ({'held out' if held else 'where layers are chosen'})"),
-            mode="lines+markers+text" if held else "lines+markers",
+            mode="lines+markers",
             line={"color": colour, "width": 2.2, "dash": "solid" if held else "dash"},
-            text=["" if name == "none" else f"+{name}" for name in added],
-            textposition="bottom center",
             customdata=part["layers"],
             hovertemplate="layers %{customdata}<br>%{y:.1%}<extra></extra>",
         )
@@ -132,6 +130,10 @@ def composition_sets(df: pd.DataFrame) -> go.Figure:
             f"[{record['low']:.1%}, {record['high']:.1%}]<extra></extra>",
         )
     made.update_layout(margin_t=110)
-    made.update_xaxes(title_text="vectors added (labels: the layer added)", dtick=1, range=ends)
+    steps = path.drop_duplicates("n_vectors")
+    names = [f"{len(of.split())}: layer {of.split()[-1]}" if of else "none" for of in steps["layers"]]
+    made.update_xaxes(
+        title_text="vectors, and the layer added", tickvals=steps["n_vectors"], ticktext=names, range=ends
+    )
     title = label(f"{path['metric'].iloc[0]} (share of problems)")
     return made.update_yaxes(title_text=title, tickformat=".0%", rangemode="tozero")

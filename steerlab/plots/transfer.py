@@ -9,7 +9,7 @@ from plotly.subplots import make_subplots
 
 from steerlab import tables
 from steerlab.errors import UsageError, unknown
-from steerlab.plots.house import COLOURBAR, DIVERGING, HOUSE, INK, SEQUENTIAL, label
+from steerlab.plots.house import COLOURBAR, DIVERGING, GRID, HOUSE, SEQUENTIAL, label
 
 TITLES = {
     "normalised": "Score, 0 as the recipient without vectors and 1 as with its own",
@@ -21,7 +21,7 @@ _NAME = 26
 
 def transfer(df: pd.DataFrame, quantity: str = "normalised") -> go.Figure:
     """A panel for what was transferred and one per control. Scores have rows for the recipient without vectors (base)
-    and with its own; cells that are missing are left white. Raises UsageError for an unknown quantity or no donor."""
+    and with its own; cells that are missing are left grey. Raises UsageError for an unknown quantity or no donor."""
     tables.check(df, "transfer")
     if quantity not in TITLES:
         raise unknown("quantity", quantity, tuple(TITLES))
@@ -38,7 +38,8 @@ def transfer(df: pd.DataFrame, quantity: str = "normalised") -> go.Figure:
     made = make_subplots(
         rows=1, cols=len(panels), subplot_titles=list(panels), shared_yaxes=True, horizontal_spacing=0.04
     )
-    made.update_layout(template=HOUSE, height=220 + 40 * len(rows), title_text=TITLES[quantity])
+    made.update_layout(template=HOUSE, height=260 + 40 * len(rows), title_text=TITLES[quantity], margin_t=84)
+    made.update_layout(plot_bgcolor=GRID)
     shown = {name: label(str(name), limit=_NAME) for name in (*rows, *recipients)}
     for column, part in enumerate(panels.values(), start=1):
         grid = np.full((len(rows), len(recipients)), np.nan)
@@ -59,7 +60,7 @@ def transfer(df: pd.DataFrame, quantity: str = "normalised") -> go.Figure:
             zmax=largest,
             text=words,
             texttemplate="%{text}",
-            textfont={"size": 11, "color": INK},
+            textfont={"size": 11},
             showscale=column == len(panels),
             colorbar={**COLOURBAR, "title_text": "share of own gain" if signed else "share of problems"},
             hovertemplate="%{y} → %{x}<br>%{z:.3f}<extra></extra>",
