@@ -217,7 +217,7 @@ SCHEMAS: dict[str, tuple[Column, ...]] = {
         Column("predictor", "str", "1", "diff_vector, diff_diff (see persistence; source i, layer j) or distance"),
         Column("outcome", "str", "1", "column of composition that is to be predicted"),
         Column("r", "float", "1", "Pearson's r over pairs i < j; missing where one of them is constant"),
-        Column("low", "float", "1", "lower end of the 95 % interval, layers resampled"),
+        Column("low", "float", "1", "lower end of the 95 % interval, layers resampled; missing with less than five"),
         Column("high", "float", "1", "upper end of the 95 % interval"),
         Column("p", "float", "share", "layers permuted: how often |r| is at least as large"),
         Column("n_pairs", "int", "pairs", "pairs that have both"),

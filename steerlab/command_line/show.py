@@ -139,7 +139,7 @@ def composition(console: Console, pairs: pd.DataFrame, sets: pd.DataFrame, agree
         shown.add_column(name, justify="left" if name in ("condition", "layers", "split") else "right")
     for row in sets.to_dict("records"):
         interval = f"{row['low']:.3f} to {row['high']:.3f}"
-        shown.add_row(row["condition"], row["layers"] or "none", row["split"], f"{row['value']:.3f}", interval)
+        shown.add_row(row["condition"], named(row["layers"]), row["split"], f"{row['value']:.3f}", interval)
     console.print(shown)
     off = pairs.loc[pairs["layer_i"] < pairs["layer_j"]]
     ordered = off.loc[off["condition"] == "trained"].sort_values("gain", ascending=False, kind="stable")
@@ -162,8 +162,16 @@ def composition(console: Console, pairs: pd.DataFrame, sets: pd.DataFrame, agree
     console.print(f"mean gain of a pair: {means}", highlight=False, soft_wrap=True)
     for row in () if agreement is None else agreement.dropna(subset="r").to_dict("records"):
         text = f"r of {row['predictor']} with a pair's {row['outcome']}: {row['r']:+.2f}"
-        text += f" ({row['low']:+.2f} to {row['high']:+.2f}), p {row['p']:.3f}"
+        known = row["low"] == row["low"]
+        text += f" ({row['low']:+.2f} to {row['high']:+.2f})" if known else " (too few layers for an interval)"
+        text += f", p {row['p']:.3f}"
         console.print(text, highlight=False, soft_wrap=True)
+
+
+def named(layers: str) -> str:
+    """Layers in few characters: all of them, or how many they are."""
+    found = layers.split()
+    return layers or "none" if len(found) <= 12 else f"{found[0]} … {found[-1]} ({len(found)})"
 
 
 def transfer(console: Console, table: pd.DataFrame, maps: pd.DataFrame | None) -> None:

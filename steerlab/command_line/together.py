@@ -18,7 +18,7 @@ from steerlab.errors import UsageError
 
 if TYPE_CHECKING:
     from steerlab.adapters import SteeringVectors
-    from steerlab.interp.transfer import Recipient
+    from steerlab.interp.transfer import Donor, Recipient
     from steerlab.models import LanguageModel
     from steerlab.rollouts import Evaluation
     from steerlab.runs import Run
@@ -30,6 +30,31 @@ Limit = Annotated[int | None, tyro.conf.arg(help="Only the first so many problem
 Asked = Annotated[str, tyro.conf.arg(help="Default: the task of the run. See `steerlab tasks`.", metavar="NAME")]
 Folder = Annotated[
     str, tyro.conf.arg(help="Folder for tables and figures; default: the run that is named first.", metavar="FOLDER")
+]
+
+Runs = Annotated[
+    tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(help="Runs whose vectors are put elsewhere.", metavar="RUN")
+]
+To = Annotated[
+    tuple[str, ...],
+    tyro.conf.arg(
+        help="Where they are put: runs (their model, task and own vectors), or models; default: the donors' runs.",
+        metavar="RUN_OR_MODEL",
+    ),
+]
+TaskOfAll = Annotated[
+    str, tyro.conf.arg(help="Of every recipient; default: a run's own, for a model the first donor's.", metavar="NAME")
+]
+How = Annotated[
+    Literal["auto", "procrustes", "ridge"],
+    tyro.conf.arg(help="auto: as they are where shapes are equal, else by Procrustes; or a linear map in any case."),
+]
+Texts = Annotated[
+    str,
+    tyro.conf.arg(
+        help="A file with a text on every line, for the maps; default: the training problems of the first donor.",
+        metavar="FILE",
+    ),
 ]
 
 
@@ -90,36 +115,12 @@ def compose(
 
 
 def transfer(
-    donors: Annotated[
-        tuple[str, ...],
-        tyro.conf.Positional,
-        tyro.conf.arg(help="Runs whose vectors are put elsewhere.", metavar="RUN"),
-    ],
-    to: Annotated[
-        tuple[str, ...],
-        tyro.conf.arg(
-            help="Where they are put: runs (their model, task and own vectors), or models; default: the donors' runs.",
-            metavar="RUN_OR_MODEL",
-        ),
-    ] = (),
-    task: Annotated[
-        str,
-        tyro.conf.arg(help="Of every recipient; default: a run's own, for a model the first donor's.", metavar="NAME"),
-    ] = "",
+    donors: Runs,
+    to: To = (),
+    task: TaskOfAll = "",
     task_option: TaskOptions = (),
-    how: Annotated[
-        Literal["auto", "procrustes", "ridge"],
-        tyro.conf.arg(
-            help="auto: as they are where shapes are equal, else by Procrustes; or a linear map in any case."
-        ),
-    ] = "auto",
-    texts: Annotated[
-        str,
-        tyro.conf.arg(
-            help="A file with a text on every line, for the maps; default: the training problems of the first donor.",
-            metavar="FILE",
-        ),
-    ] = "",
+    how: How = "auto",
+    texts: Texts = "",
     samples: Samples = 8,
     limit: Limit = None,
     seed: Annotated[int, say("seed")] = 0,
@@ -132,40 +133,43 @@ def transfer(
     """
     from steerlab import readings
     from steerlab.command_line import show
-    from steerlab.command_line.subjects import subject
-    from steerlab.interp.transfer import Donor
     from steerlab.progress import Progress
 
-    if not donors:
-        raise UsageError("no run to take vectors from; name at least one")
     models: dict[str, LanguageModel] = {}
-    giving = []
-    for target in donors:
-        about = subject(target, dtype=dtype)
-        model = models.setdefault(about.model.name, about.model)
-        giving.append((Donor(short(target, donors), model, (about.vectors,)), about))
-    first = giving[0][1]
-    if first.run is None or first.experiment is None:
-        raise UsageError(f"{donors[0]} is no run; name the folder of a training run first")
-    folder = place(first.run, out, first.model)
+    giving, first, home = donors_of(donors, models, dtype)
     asked = named_task(task, task_option)
-    taking = [recipient(target, to or donors, models, dtype, asked, first.experiment) for target in to or donors]
-    lines = read_lines(texts) if texts else shared_texts(first.experiment.source.task)
+    taking = [recipient(target, to or donors, models, dtype, asked, first) for target in to or donors]
+    lines = read_lines(texts) if texts else shared_texts(first.source.task)
+    folder = place(home, out, giving[0].model)
+    evaluation = evaluated(first, samples, limit, seed)
     for model in models.values():
         model.tune()
     with Progress(console()) as progress:
         progress.stage(f"{len(giving)} donors in {len(taking)} recipients")
-        told = readings.transfer(
-            [donor for donor, _ in giving],
-            taking,
-            evaluated(first.experiment, samples, limit, seed),
-            texts=lines,
-            how=how,
-            seed=seed,
-            done=progress.answered,
-        )
+        told = readings.transfer(giving, taking, evaluation, texts=lines, how=how, seed=seed, done=progress.answered)
     show.transfer(console(), told.tables["transfer"], told.tables.get("transfer_maps"))
     return keep(told, folder)
+
+
+def donors_of(
+    targets: tuple[str, ...], models: dict[str, LanguageModel], dtype: str
+) -> tuple[list[Donor], Experiment, Run]:
+    """The vectors of runs on their models, which are put into `models`; experiment and folder of the first."""
+    from steerlab.command_line.subjects import subject
+    from steerlab.interp.transfer import Donor
+
+    if not targets:
+        raise UsageError("no run to take vectors from; name at least one")
+    found, first = [], None
+    for target in targets:
+        about = subject(target, dtype=dtype)
+        first = first or about
+        model = models.setdefault(about.model.name, about.model)
+        found.append(Donor(short(target, targets), model, (about.vectors,)))
+    assert first is not None  # there was a target
+    if first.run is None or first.experiment is None:
+        raise UsageError(f"{targets[0]} is no training run; name the folder of one first")
+    return found, first.experiment, first.run
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ from steerlab.tasks import Task
 
 PREDICTORS = ("diff_vector", "diff_diff", "distance")
 OUTCOMES = ("value", "gain", "relative")
+FEWEST_LAYERS = 5  # with fewer, hardly any resample of layers says something else than all of them
 Pair = tuple[int, int]
 
 
@@ -211,7 +212,8 @@ def _greedy_rows(
 
 def agreement(pairs: pd.DataFrame, followed: pd.DataFrame, *, seed: int = 0, resamples: int = 2_000) -> pd.DataFrame:
     """Table `composition_agreement` from a table `composition` and a table `persistence` of the same vectors (of
-    several seeds: concatenated, their mean is used). Raises UsageError for less than three layers in common."""
+    several seeds: concatenated, their mean is used). Intervals need five layers. Raises UsageError for less than three
+    layers in common."""
     tables.check(pairs, "composition")
     tables.check(followed, "persistence")
     trained = pairs.loc[(pairs["condition"] == "trained") & (pairs["layer_i"] < pairs["layer_j"])]
@@ -260,7 +262,7 @@ def _related(predictor: np.ndarray, outcome: np.ndarray, seed: int, resamples: i
         resampled[n_draw] = _pearson(predictor[i[apart], j[apart]], outcome[i[apart], j[apart]])
         order = generator.permutation(n)
         permuted[n_draw] = _pearson(predictor[row, column], outcome[order[row], order[column]])
-    low, high = np.nanquantile(resampled, [0.025, 0.975]) if np.isfinite(resampled).any() else (np.nan, np.nan)
+    low, high = np.nanquantile(resampled, [0.025, 0.975]) if n >= FEWEST_LAYERS else (np.nan, np.nan)
     as_large = (np.abs(permuted) >= abs(r) - 1e-12).sum()
     return {"r": r, "low": float(low), "high": float(high), "p": (1 + as_large) / (1 + resamples), "n_pairs": known}
 

@@ -125,7 +125,7 @@ def composition_sets(df: pd.DataFrame) -> go.Figure:
             y=[record["value"]] * 2,
             name=label(_LEVELS.get(record["condition"], str(record["condition"]))),
             mode="lines",
-            line={"color": ("#6b7280", COLOURS[2], COLOURS[4], COLOURS[1])[number % 4], "width": 1.8, "dash": "dot"},
+            line={"color": ("#6b7280", COLOURS[2], COLOURS[5], COLOURS[1])[number % 4], "width": 1.8, "dash": "dot"},
             hovertemplate=f"{label(str(record['condition']))} %{{y:.1%}} "
             f"[{record['low']:.1%}, {record['high']:.1%}]<extra></extra>",
         )

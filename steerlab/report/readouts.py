@@ -115,7 +115,8 @@ def composition_section(pairs: pd.DataFrame, sets: pd.DataFrame, agreement: pd.D
         rows = tuple(
             (
                 str(row["predictor"]), str(row["outcome"]), f"{row['r']:.2f}",
-                f"{row['low']:.2f} – {row['high']:.2f}", f"{row['p']:.3f}", str(row["n_pairs"]),
+                "too few layers" if row["low"] != row["low"] else f"{row['low']:.2f} – {row['high']:.2f}",
+                f"{row['p']:.3f}", str(row["n_pairs"]),
             )
             for row in agreement.dropna(subset="r").to_dict("records")
         )  # fmt: skip

@@ -188,7 +188,9 @@ def test_agreement_finds_a_planted_relation_and_none_where_there_is_none(pick: P
     layers, draws = range(8), np.random.default_rng(0)
     noise = draws.normal(size=(8, 8))
     told = agreement(
-        pair_table(layers, lambda i, j: 0.5 - 0.05 * (j - i)), followed_table(layers, lambda i, j: float(noise[i, j]))
+        pair_table(layers, lambda i, j: 0.5 - 0.05 * (j - i)),
+        followed_table(layers, lambda i, j: float(noise[i, j])),
+        resamples=400,
     )
     (distance,) = pick(told, predictor="distance", outcome="value").to_dict("records")
     assert distance["r"] == pytest.approx(-1.0) and distance["p"] < 0.01 and distance["n_pairs"] == 28
@@ -203,11 +205,12 @@ def test_agreement_is_pearsons_r(exact: Exact, vectors: Vectors, texts: list[Tex
     some = vectors(model, (0, 1, 2, 3))
     followed = persistence(model, some, texts, control=False).table
     pairs = pair_table(range(4), lambda i, j: (i * 7 + j * 3) % 5 / 5)
-    told = agreement(pairs, followed)
+    told = agreement(pairs, followed, resamples=20)
     of = pick(followed, quantity="diff_vector").set_index(["source", "layer"])["value"]
     both = [(of[i, j], (i * 7 + j * 3) % 5 / 5) for i in range(4) for j in range(i + 1, 4)]
     (row,) = pick(told, predictor="diff_vector", outcome="value").to_dict("records")
     assert row["r"] == pytest.approx(np.corrcoef(np.array(both).T)[0, 1])
+    assert np.isnan(row["low"]) and 0 < row["p"] <= 1, "four layers are too few for an interval"
     with pytest.raises(UsageError, match="three layers"):
         agreement(pairs, followed.loc[followed["source"] < 2])
 
