@@ -14,11 +14,14 @@ if TYPE_CHECKING:
     from steerlab.errors import RunFailed, UsageError
     from steerlab.execute import execute as train
     from steerlab.execute import resume
+    from steerlab.interp.composition import composition
     from steerlab.interp.logit_lens import logit_lens
     from steerlab.interp.persistence import persistence
     from steerlab.interp.residual_lens import residual_lens
+    from steerlab.interp.residual_maps import fit_map
     from steerlab.interp.texts import Text
     from steerlab.interp.token_effects import token_effects
+    from steerlab.interp.transfer import Donor, Recipient, transfer
     from steerlab.models import LanguageModel, Site
     from steerlab.models import load as load_model
     from steerlab.recipes import RECIPES, rloo
@@ -29,12 +32,14 @@ if TYPE_CHECKING:
     from steerlab.training import Experiment
 
 _HOMES = {
+    "Donor": "steerlab.interp.transfer:Donor",
     "Evaluation": "steerlab.rollouts:Evaluation",
     "Experiment": "steerlab.training:Experiment",
     "LanguageModel": "steerlab.models:LanguageModel",
     "LoRA": "steerlab.adapters:LoRA",
     "Policy": "steerlab.rollouts:Policy",
     "RECIPES": "steerlab.recipes:RECIPES",
+    "Recipient": "steerlab.interp.transfer:Recipient",
     "Run": "steerlab.runs:Run",
     "RunFailed": "steerlab.errors:RunFailed",
     "RunStore": "steerlab.runs:RunStore",
@@ -44,7 +49,9 @@ _HOMES = {
     "SteeringVectors": "steerlab.adapters:SteeringVectors",
     "Text": "steerlab.interp.texts:Text",
     "UsageError": "steerlab.errors:UsageError",
+    "composition": "steerlab.interp.composition:composition",
     "evaluate": "steerlab.rollouts:evaluate",
+    "fit_map": "steerlab.interp.residual_maps:fit_map",
     "load_model": "steerlab.models:load",
     "load_vectors": "steerlab.adapters.formats:load",
     "logit_lens": "steerlab.interp.logit_lens:logit_lens",
@@ -56,15 +63,18 @@ _HOMES = {
     "sweep_layers": "steerlab.sweep:sweep_layers",
     "token_effects": "steerlab.interp.token_effects:token_effects",
     "train": "steerlab.execute:execute",
+    "transfer": "steerlab.interp.transfer:transfer",
 }
 
 __all__ = [
     "RECIPES",
+    "Donor",
     "Evaluation",
     "Experiment",
     "LanguageModel",
     "LoRA",
     "Policy",
+    "Recipient",
     "Run",
     "RunFailed",
     "RunStore",
@@ -74,7 +84,9 @@ __all__ = [
     "SteeringVectors",
     "Text",
     "UsageError",
+    "composition",
     "evaluate",
+    "fit_map",
     "load_model",
     "load_vectors",
     "logit_lens",
@@ -86,6 +98,7 @@ __all__ = [
     "sweep_layers",
     "token_effects",
     "train",
+    "transfer",
 ]
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from steerlab.command_line import readouts
+from steerlab.command_line import readouts, together
 from steerlab.command_line.arguments import (
     RUN_OR_NOTHING,
     OtherWeights,
@@ -332,6 +332,8 @@ COMMANDS: Mapping[str, Callable[..., int]] = {
     "tokens": readouts.tokens,
     "persistence": readouts.persistence,
     "adaptive": readouts.adaptive,
+    "compose": together.compose,
+    "transfer": together.transfer,
     "report": report,
     "models": models,
     "recipes": recipes,

@@ -1,4 +1,4 @@
-"""Readings of vectors on texts: each a few tables and figures, to be kept in a run's folder and told in its report.
+"""Readings of vectors, on texts and by what they score: tables and figures, for a run's folder and its report.
 
 A reading takes a model, vectors and texts, and decides nothing else: which texts is the caller's business (`own_texts`:
 what the steered model answers to held-out problems of its task). The work is `interp`'s, the figures are `plots`'.
@@ -16,19 +16,24 @@ import plotly.graph_objects as go
 from steerlab.adapters import LoRAWeights, SteeringVectors
 from steerlab.errors import UsageError
 from steerlab.interp import adaptive as interp_adaptive
+from steerlab.interp import composition as combining
 from steerlab.interp import persistence as following
 from steerlab.interp import token_effects as effects
+from steerlab.interp import transfer as moving
 from steerlab.interp.residual_lens import residual_lens
 from steerlab.interp.substitution import raised_first
 from steerlab.interp.substitution import substitution as interp_substitution
 from steerlab.interp.texts import Text, contrasts, sampled
 from steerlab.models import LanguageModel
 from steerlab.plots import adaptive as plot_adaptive
+from steerlab.plots import composition as plot_composition
 from steerlab.plots import persistence as plot_persistence
 from steerlab.plots import residual_lens as plot_lens
 from steerlab.plots import substitution as plot_substitution
 from steerlab.plots import token_effects as plot_effects
+from steerlab.plots import transfer as plot_transfer
 from steerlab.rollouts import Evaluation, Policy
+from steerlab.rollouts.evaluate import Done
 from steerlab.runs import Run
 from steerlab.tasks import Task, segments
 
@@ -138,3 +143,56 @@ def persistence(model: LanguageModel, vectors: SteeringVectors, texts: Sequence[
     table = following.persistence(model, vectors, texts, seed=seed).table
     shown = {name: plot_persistence.persistence(table, name) for name in ("diff_vector", "diff_diff", "length")}
     return Reading({"persistence": table}, {f"persistence_{name}": figure for name, figure in shown.items()})
+
+
+def composition(
+    model: LanguageModel,
+    task: Task,
+    vectors: Sequence[SteeringVectors],
+    evaluation: Evaluation,
+    *,
+    together: Sequence[SteeringVectors] | None = None,
+    control: int = 12,
+    texts: int = 0,
+    seed: int = 0,
+    done: Done | None = None,
+) -> Reading:
+    """What vectors that were trained alone, one set per training seed, do in pairs, all at once, and chosen greedily;
+    see `interp.composition`. texts: answers of each vector on which its persistence is measured, to be compared with;
+    0 for none. Persistence needs three layers or more."""
+    found = combining.composition(
+        model, task, vectors, evaluation, together=together, control=control, seed=seed, done=done
+    )
+    tables = {"composition": found.pairs, "composition_sets": found.sets}
+    shown = ("gain", "value", "relative") if len(found.pairs["relative"].dropna()) else ("gain", "value")
+    figures = {f"composition_{name}": plot_composition.composition(found.pairs, name) for name in shown}
+    figures["composition_sets"] = plot_composition.composition_sets(found.sets)
+    if texts and len(vectors[0].layers) > 2:
+        followed = [_followed(model, of, task, evaluation, texts, seed) for of in vectors]
+        tables["composition_agreement"] = combining.agreement(found.pairs, pd.concat(followed), seed=seed)
+    return Reading(tables, figures)
+
+
+def _followed(
+    model: LanguageModel, vectors: SteeringVectors, task: Task, evaluation: Evaluation, n: int, seed: int
+) -> pd.DataFrame:
+    """Persistence of each vector on answers of the model that it steers."""
+    own = {layer: own_texts(model, vectors.select([layer]), task, evaluation, n, seed) for layer in vectors.layers}
+    return following.persistence(model, vectors, own, control=False, seed=seed).table
+
+
+def transfer(
+    donors: Sequence[moving.Donor],
+    recipients: Sequence[moving.Recipient],
+    evaluation: Evaluation,
+    *,
+    texts: Sequence[str] = (),
+    how: moving.How = "auto",
+    seed: int = 0,
+    done: Done | None = None,
+) -> Reading:
+    """What donors' vectors do in recipients, beside random maps and directions; see `interp.transfer`."""
+    found = moving.transfer(donors, recipients, evaluation, texts=texts, how=how, seed=seed, done=done)
+    tables = {"transfer": found.table} | ({"transfer_maps": found.maps} if len(found.maps) else {})
+    quantities = ("value", "normalised") if len(found.table["normalised"].dropna()) else ("value",)
+    return Reading(tables, {f"transfer_{name}": plot_transfer.transfer(found.table, name) for name in quantities})

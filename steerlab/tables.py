@@ -41,6 +41,17 @@ _POSITION = (
     Column("position", "int", "1", "0-based token of the text, whose successor is predicted"),
     Column("generated", "int", "1", "place of that successor in the completion; negative inside the prompt"),
 )
+_VALUE = (
+    Column("metric", "str", "1", "avg@k"),
+    Column("value", "float", "share", "estimate over problems (and seeds)"),
+    Column("low", "float", "share", "lower end of the 95 % interval"),
+    Column("high", "float", "share", "upper end of the 95 % interval"),
+)
+_COUNTS = (
+    Column("n_problems", "int", "problems", "problems evaluated"),
+    Column("n_samples", "int", "completions", "completions per problem and seed"),
+    Column("n_seeds", "int", "seeds", "training seeds the estimate covers"),
+)
 
 SCHEMAS: dict[str, tuple[Column, ...]] = {
     "scores": (
@@ -229,6 +240,59 @@ SCHEMAS: dict[str, tuple[Column, ...]] = {
         Column("site", "str", "1", "site kind of the vectors"),
         Column("index", "int", "1", "0 is the largest"),
         Column("singular_value", "float", "activation units", "singular value of the stacked vectors"),
+    ),
+    "composition": (
+        Column("condition", "str", "1", "trained, or random: directions of equal lengths"),
+        Column("layer_i", "int", "1", "0-based decoder block of the first vector"),
+        Column("layer_j", "int", "1", "of the second, at least layer_i; equal: the vector by itself"),
+        *_VALUE,
+        Column("gain", "float", "share", "value less that of the better of the two alone; 0 on the diagonal"),
+        Column("gain_low", "float", "share", "lower end of its paired 95 % interval"),
+        Column("gain_high", "float", "share", "upper end of its paired 95 % interval"),
+        Column("relative", "float", "1", "gain as a share of what vectors trained together gain; missing: see why"),
+        Column("relative_low", "float", "1", "lower end of its 95 % interval"),
+        Column("relative_high", "float", "1", "upper end of its 95 % interval"),
+        Column("why", "str", "1", "why relative is missing; empty where it is not"),
+        *_COUNTS,
+    ),
+    "composition_sets": (
+        Column("condition", "str", "1", "base, greedy, sum, random sum, together"),
+        Column("layers", "str", "1", "layers whose vectors are added, in the order they were chosen"),
+        Column("n_vectors", "int", "vectors", "how many they are"),
+        Column("split", "str", "1", "of the problems; greedy chooses on one and is told on the other"),
+        *_VALUE,
+        *_COUNTS,
+    ),
+    "composition_agreement": (
+        Column("predictor", "str", "1", "diff_vector, diff_diff (see persistence; source i, layer j) or distance"),
+        Column("outcome", "str", "1", "column of composition that is to be predicted"),
+        Column("r", "float", "1", "Pearson's r over pairs i < j; missing where one of them is constant"),
+        Column("low", "float", "1", "lower end of the 95 % interval, layers resampled; missing with less than five"),
+        Column("high", "float", "1", "upper end of the 95 % interval"),
+        Column("p", "float", "share", "layers permuted: how often |r| is at least as large"),
+        Column("n_pairs", "int", "pairs", "pairs that have both"),
+    ),
+    "transfer": (
+        Column("donor", "str", "1", "whose vectors; none for the recipient without any"),
+        Column("recipient", "str", "1", "model and task that they are put into"),
+        Column("map", "str", "1", "base, own, direct, procrustes, ridge; random map, random direction (controls)"),
+        *_VALUE,
+        Column("normalised", "float", "1", "0 as the recipient without vectors, 1 as with its own; missing: see why"),
+        Column("normalised_low", "float", "1", "lower end of its 95 % interval"),
+        Column("normalised_high", "float", "1", "upper end of its 95 % interval"),
+        Column("why", "str", "1", "why normalised is missing; empty where it is not"),
+        *_COUNTS,
+    ),
+    "transfer_maps": (
+        Column("donor", "str", "1", "model that is mapped from"),
+        Column("recipient", "str", "1", "model that is mapped to"),
+        Column("method", "str", "1", "procrustes or ridge"),
+        Column("layer_donor", "int", "1", "0-based decoder block"),
+        Column("layer_recipient", "int", "1", "0-based decoder block at the same relative depth"),
+        Column("r2", "float", "1", "share of the recipient's variance that is predicted on held-out texts"),
+        Column("ridge", "float", "1", "penalty, in mean variances of a donor coordinate; missing for procrustes"),
+        Column("dose", "float", "1", "recipient's median length of a state over the donor's"),
+        Column("n_positions", "int", "positions", "aligned positions that were fitted"),
     ),
 }
 SCHEMAS["metrics"] = SCHEMAS["curve"]

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from steerlab import execute
 from steerlab.__main__ import COMMANDS, main
 from steerlab.adapters import SteeringVectors, formats
-from steerlab.models import Site
+from steerlab.models import Site, tiny
 from steerlab.runs import Run, tensors_sha256
 from steerlab.training.sources import RolloutSource
 
@@ -342,6 +342,63 @@ def test_what_cannot_be_read_is_said_in_one_line(sl: Sl, steered: Path) -> None:
     refused(sl("lens", steered, "--stream", "--watch", "two words and more"), "one token at a time")
     refused(sl("tokens", steered, "--problems", "0"), "at least 1")
     refused(sl("persistence", steered, "--layers", "9"), "9")
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_folder: Path, sums: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep: three layers, and all layers at once."""
+    folder = tmp_path_factory.mktemp("runs") / "parts"
+    options = ["control=random_reward", "train=12", "test=4"]
+    words = ["train", "rloo", "--task", str(sums), *(w for o in options for w in ("--task-option", o))]
+    words += ["--model", str(tiny_folder), "--dtype", "fp32", "--steps", "2", "--prompts", "2", "--samples", "3"]
+    words += ["--max-new-tokens", "3", "--layers", "1", "2", "3", "each", "all"]
+    assert main([*words, "--out", str(folder)]) == 0
+    return folder
+
+
+def test_vectors_of_a_sweep_are_combined(sl: Sl, parts: Path, tmp_path: Path) -> None:
+    words = ("--samples", "2", "--control", "1", "--texts", "1")
+    said = sl("compose", parts, *words)
+    assert said.code == 0 and "pairs that gain most" in said.out and "mean gain of a pair" in said.out, said
+    run = Run.open(parts / "sweep")
+    assert {"composition", "composition_sets", "composition_agreement", "layers"} <= set(run.tables())
+    assert {"composition_gain", "composition_value", "composition_sets"} <= set(run.figures())
+    pairs = run.table("composition")
+    assert len(pairs.query("condition == 'trained'")) == 6 and set(pairs["n_seeds"]) == {1}
+    assert {"base", "sum", "random sum", "together", "greedy"} == set(run.table("composition_sets")["condition"])
+    assert "<h2>Composition" in Path(sl("report", parts / "sweep").out.strip()).read_text()
+    runs = [parts / f"layer-0{layer}-seed0" for layer in (1, 2)]
+    refused(sl("compose", *runs), "--out FOLDER")
+    assert sl("compose", *runs, *words, "--out", tmp_path / "pair").code == 0
+    two = Run.open(tmp_path / "pair")
+    assert set(two.tables()) == {"composition", "composition_sets"}
+    refused(sl("compose", runs[0], "--out", tmp_path / "one"), "at least two layers")
+    refused(sl("compose", runs[0], runs[0], "--out", tmp_path / "same"), "both sets have a vector")
+    refused(sl("compose", parts / "all-layers-seed0", "--out", tmp_path / "all"), "--layers each")
+    refused(sl("compose", tmp_path / "nothing"), "nothing")
+
+
+def test_vectors_are_put_elsewhere(sl: Sl, parts: Path, tmp_path: Path) -> None:
+    donor, other = parts / "layer-02-seed0", parts / "layer-03-seed0"
+    said = sl("transfer", donor, other, "--samples", "2")
+    assert said.code == 0 and "random direction" in said.out, said
+    run = Run.open(donor)
+    table = run.table("transfer")
+    assert set(table["recipient"]) == {"layer-02-seed0", "layer-03-seed0"} and len(table) == 2 * (2 + 2 * 3)
+    assert "transfer_value" in run.figures() and "<h2>Transfer" in (donor / "report.html").read_text()
+    gpt2 = tmp_path / "gpt2"
+    small = tiny.model("gpt2")
+    small.hf.save_pretrained(gpt2)
+    small.tokenizer.save_pretrained(gpt2)
+    said = sl("transfer", donor, "--to", gpt2, "--how", "ridge", "--samples", "2", "--out", tmp_path / "moved")
+    assert said.code == 0 and "held-out R²" in said.out and "no vectors of its own" in said.out, said
+    moved = Run.open(tmp_path / "moved")
+    assert set(moved.table("transfer")["map"]) == {"base", "ridge", "random map", "random direction"}
+    assert moved.table("transfer_maps")["layer_recipient"].tolist() == [2]
+    refused(sl("transfer", donor, "--texts", tmp_path / "none.txt", "--out", tmp_path / "x"), "a text on every line")
+    refused(sl("transfer", donor, "--to", "smolm2-135m", "--out", tmp_path / "y"), "did you mean smollm2-135m?")
+    refused(sl("transfer", donor, "--task-option", "train=3", "--out", tmp_path / "z"), "needs --task")
+    refused(sl("transfer", donor / "vectors.safetensors", "--out", tmp_path / "v"), "training run")
 
 
 def test_generate_puts_base_and_steered_side_by_side(sl: Sl, quick: Path) -> None:

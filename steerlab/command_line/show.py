@@ -1,4 +1,4 @@
-"""Results on a terminal: scores with their intervals, and the lens as a table.
+"""Results on a terminal: scores with their intervals, and readings as short tables.
 
 Everything a model wrote is shown as text, never as markup or control codes.
 """
@@ -163,3 +163,64 @@ def persistence(console: Console, table: pd.DataFrame) -> None:
             found += [f"{values[source, condition, name]:.3g}" for name in ("diff_diff", "length")]
         shown.add_row(str(source), *found)
     console.print(shown)
+
+
+def composition(console: Console, pairs: pd.DataFrame, sets: pd.DataFrame, agreement: pd.DataFrame | None) -> None:
+    """Sets of vectors with their scores, the pairs that gain and lose most, and what goes with a pair's gain."""
+    shown = Table(box=None, pad_edge=False, title="vectors that were trained alone, used together")
+    for name in ("condition", "layers", "split", str(sets["metric"].iloc[0]), "95 % interval"):
+        shown.add_column(name, justify="left" if name in ("condition", "layers", "split") else "right")
+    for row in sets.to_dict("records"):
+        interval = f"{row['low']:.3f} to {row['high']:.3f}"
+        shown.add_row(row["condition"], named(row["layers"]), row["split"], f"{row['value']:.3f}", interval)
+    console.print(shown)
+    off = pairs.loc[pairs["layer_i"] < pairs["layer_j"]]
+    ordered = off.loc[off["condition"] == "trained"].sort_values("gain", ascending=False, kind="stable")
+    ends = pd.concat([ordered.head(3), ordered.tail(3)]).drop_duplicates(["layer_i", "layer_j"])
+    shown = Table(box=None, pad_edge=False, title="pairs that gain most and least over the better of the two")
+    for name in ("layers", "value", "gain", "95 % interval", "relative"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    for row in ends.to_dict("records"):
+        known = row["relative"] == row["relative"]
+        interval = f"{row['gain_low']:+.3f} to {row['gain_high']:+.3f}"
+        told = (
+            f"{row['value']:.3f}",
+            f"{row['gain']:+.3f}",
+            interval,
+            f"{row['relative']:.2f}" if known else "missing",
+        )
+        shown.add_row(f"{row['layer_i']} and {row['layer_j']}", *told)
+    console.print(shown)
+    means = ", ".join(f"{words(str(name))} {part['gain'].mean():+.3f}" for name, part in off.groupby("condition"))
+    console.print(f"mean gain of a pair: {means}", highlight=False, soft_wrap=True)
+    for row in () if agreement is None else agreement.dropna(subset="r").to_dict("records"):
+        text = f"r of {row['predictor']} with a pair's {row['outcome']}: {row['r']:+.2f}"
+        known = row["low"] == row["low"]
+        text += f" ({row['low']:+.2f} to {row['high']:+.2f})" if known else " (too few layers for an interval)"
+        text += f", p {row['p']:.3f}"
+        console.print(text, highlight=False, soft_wrap=True)
+
+
+def named(layers: str) -> str:
+    """Layers in few characters: all of them, or how many they are."""
+    found = layers.split()
+    return layers or "none" if len(found) <= 12 else f"{found[0]} … {found[-1]} ({len(found)})"
+
+
+def transfer(console: Console, table: pd.DataFrame, maps: pd.DataFrame | None) -> None:
+    """A row per donor, recipient and map, with the controls; why normalised scores are missing, each reason once."""
+    shown = Table(box=None, pad_edge=False)
+    for name in ("recipient", "donor", "map", str(table["metric"].iloc[0]), "95 % interval", "normalised"):
+        shown.add_column(name, justify="left" if name in ("recipient", "donor", "map") else "right")
+    for row in table.to_dict("records"):
+        known = row["normalised"] == row["normalised"]
+        share = f"{row['normalised']:.2f} ({row['normalised_low']:.2f} to {row['normalised_high']:.2f})"
+        names = (Text(clean(str(row[name]))) for name in ("recipient", "donor", "map"))
+        interval = f"{row['low']:.3f} to {row['high']:.3f}"
+        shown.add_row(*names, f"{row['value']:.3f}", interval, share if known else "missing")
+    console.print(shown)
+    for recipient, why in table.loc[table["why"] != "", ["recipient", "why"]].drop_duplicates().itertuples(index=False):
+        console.print(Text(f"missing for {clean(str(recipient))}: {why}"), soft_wrap=True)
+    if maps is not None:
+        told = f"{maps['r2'].min():.2f} to {maps['r2'].max():.2f} over {len(maps)} layers"
+        console.print(f"held-out R² of the maps: {told}", highlight=False, soft_wrap=True)

@@ -21,10 +21,11 @@ from jaxtyping import Float
 from steerlab import tables
 from steerlab.adapters import Scope, SteeringVectors
 from steerlab.errors import UsageError
+from steerlab.interp.answers import Seeds, scored
 from steerlab.interp.token_effects import TokenEffects
 from steerlab.models import LanguageModel
-from steerlab.rollouts import Condition, Evaluation, evaluate
-from steerlab.rollouts.statistics import bootstrap_interval, paired_difference, problem_scores, share_of_gain
+from steerlab.rollouts import Evaluation
+from steerlab.rollouts.statistics import bootstrap_interval, paired_difference, share_of_gain
 from steerlab.tasks import Task
 
 TEMPERATURES = (1.0, 0.0)
@@ -53,25 +54,15 @@ def substitution(
         raise UsageError("the vectors act on part of the tokens only; give vectors of token scope all")
     rows = []
     for temperature in temperatures:
-        sampling = replace(evaluation.sampling, temperature=temperature)
-        samples = evaluation.samples if temperature > 0 else 1
-        fixed = {
-            "base": (None, task),
-            "appended": (None, task.opened(token)),
-            "appended_other": (None, task.opened(other)),
-        }
-        scores = _scores(model, evaluation, {
-            name: Condition(adapter, asked, sampling, samples) for name, (adapter, asked) in fixed.items()
-        })  # fmt: skip
-        of_sets = [
-            _scores(model, evaluation, {
-                name: Condition(made, task, sampling, samples) for name, made in _variants(one, seed + place).items()
-            })
-            for place, one in enumerate(sets)
-        ]  # fmt: skip
-        for name in of_sets[0]:
-            scores[name] = np.concatenate([found[name] for found in of_sets])
-        rows += _rows(scores, temperature, samples, seed)
+        asked = replace(
+            evaluation,
+            sampling=replace(evaluation.sampling, temperature=temperature),
+            samples=evaluation.samples if temperature > 0 else 1,
+        )
+        scores = scored(model, task, {"base": [None], **_variants(sets, seed)}, asked)
+        for name, words in (("appended", token), ("appended_other", other)):
+            scores |= scored(model, task.opened(words), {name: [None]}, asked)
+        rows += _rows(scores, temperature, asked.samples, seed)
     return tables.check(pd.DataFrame(rows).assign(token=token, other=other), "substitution")
 
 
@@ -82,23 +73,13 @@ def raised_first(effects: TokenEffects) -> tuple[str, str]:
     return str(by_end["raised"]), str(by_end["lowered"])
 
 
-def _variants(vectors: SteeringVectors, seed: int) -> dict[str, SteeringVectors]:
+def _variants(sets: Sequence[SteeringVectors], seed: int) -> dict[str, Seeds]:
     return {
-        "steered": vectors,
-        "random": vectors.randomise(torch.Generator().manual_seed(seed)),
-        "first_position": SteeringVectors(vectors.vectors, Scope.predicting(0, 1)),
-        "later_positions": SteeringVectors(vectors.vectors, Scope.predicting(1)),
+        "steered": sets,
+        "random": [made.randomise(torch.Generator().manual_seed(seed + place)) for place, made in enumerate(sets)],
+        "first_position": [SteeringVectors(made.vectors, Scope.predicting(0, 1)) for made in sets],
+        "later_positions": [SteeringVectors(made.vectors, Scope.predicting(1)) for made in sets],
     }
-
-
-def _scores(
-    model: LanguageModel, evaluation: Evaluation, conditions: Mapping[str, Condition]
-) -> dict[str, Float[np.ndarray, "1 problem"]]:
-    """Share of correct completions of each problem."""
-    task = next(iter(conditions.values())).task
-    problems = evaluation.problems(task)
-    done = evaluate(model, problems, conditions, seed=evaluation.seed, max_rows=evaluation.max_rows)
-    return {name: problem_scores(done, name)[1] for name in conditions}
 
 
 def _rows(
@@ -110,14 +91,12 @@ def _rows(
         whole = np.broadcast_to(found, base.shape)
         interval = bootstrap_interval(found, seed=seed)
         gain = paired_difference(whole, base, seed=seed)
-        share = share_of_gain(whole, scores["steered"], base, seed=seed)
-        missing = float("nan")
+        share = share_of_gain(whole, [base], scores["steered"], seed=seed)
         rows.append(
             {"condition": name, "temperature": temperature, "metric": f"avg@{samples}"}
             | {"value": interval.value, "low": interval.low, "high": interval.high}
             | {"gain": gain.value, "gain_low": gain.low, "gain_high": gain.high}
-            | {"share": share.value if share else missing}
-            | {"share_low": share.low if share else missing, "share_high": share.high if share else missing}
+            | {"share": share.value, "share_low": share.low, "share_high": share.high}
             | {"n_problems": found.shape[1], "n_seeds": len(scores["steered"])}
         )
     return rows

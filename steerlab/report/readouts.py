@@ -1,14 +1,17 @@
-"""What a run's page says of its readings on texts: stream lens, token effects, persistence; absent if not made."""
+"""What a run's page says of its readings: stream lens, token effects, persistence, composition, transfer; absent if not
+made."""
 
 from __future__ import annotations
 
 import pandas as pd
 
 from steerlab.plots import adaptive as adaptive_plots
+from steerlab.plots import composition as composition_plots
 from steerlab.plots import persistence as persistence_plots
 from steerlab.plots import residual_lens as lens_plots
 from steerlab.plots import substitution as substitution_plots
 from steerlab.plots import token_effects as effect_plots
+from steerlab.plots import transfer as transfer_plots
 from steerlab.plots.house import readable
 from steerlab.report.page import Section, Table
 from steerlab.runs import Run
@@ -27,6 +30,12 @@ def reading_sections(run: Run) -> list[Section]:
         found.append(persistence_section(run.table("persistence")))
     if {"adaptive", "adaptive_shares"} <= names:
         found.append(adaptive_section(run.table("adaptive"), run.table("adaptive_shares")))
+    if {"composition", "composition_sets"} <= names:
+        told = run.table("composition_agreement") if "composition_agreement" in names else None
+        found.append(composition_section(run.table("composition"), run.table("composition_sets"), told))
+    if "transfer" in names:
+        maps = run.table("transfer_maps") if "transfer_maps" in names else None
+        found.append(transfer_section(run.table("transfer"), maps))
     return found
 
 
@@ -123,4 +132,72 @@ def persistence_section(table: pd.DataFrame) -> Section:
         "Persistence",
         text,
         figures=tuple(persistence_plots.persistence(table, name) for name in ("diff_vector", "diff_diff", "length")),
+    )
+
+
+def composition_section(pairs: pd.DataFrame, sets: pd.DataFrame, agreement: pd.DataFrame | None) -> Section:
+    """Whether vectors that were trained alone add up."""
+    off = pairs.loc[pairs["layer_i"] < pairs["layer_j"]]
+    told = []
+    for condition, part in off.groupby("condition", sort=False):
+        up, down = (part["gain_low"] > 0).sum(), (part["gain_high"] < 0).sum()
+        told.append(f"of {len(part)} pairs ({condition}) {up} gain over the better of the two and {down} lose")
+    known, all_known = off["relative"].notna().sum(), len(off)
+    rows = tuple(
+        (
+            str(row["condition"]), str(row["layers"]) or "none", str(row["split"]),
+            f"{row['value']:.3f}", f"{row['low']:.3f} – {row['high']:.3f}",
+        )
+        for row in sets.to_dict("records")
+    )  # fmt: skip
+    header = ("condition", "layers", "split", str(sets["metric"].iloc[0]), "95 % interval")
+    tables = [Table(header, rows, frozenset({3, 4}), "Greedy chooses on one split and is told on the other.")]
+    if agreement is not None:
+        rows = tuple(
+            (
+                str(row["predictor"]), str(row["outcome"]), f"{row['r']:.2f}",
+                "too few layers" if row["low"] != row["low"] else f"{row['low']:.2f} – {row['high']:.2f}",
+                f"{row['p']:.3f}", str(row["n_pairs"]),
+            )
+            for row in agreement.dropna(subset="r").to_dict("records")
+        )  # fmt: skip
+        header = ("predictor", "of pairs", "Pearson's r", "95 % interval", "p", "pairs")
+        caption = "Interval: layers resampled. p: layers permuted. Not corrected for the number of rows."
+        tables.append(Table(header, rows, frozenset({2, 3, 4, 5}), caption))
+    drawn = [composition_plots.composition(pairs), composition_plots.composition(pairs, "value")]
+    return Section(
+        "Composition",
+        f"Vectors that were trained alone, used together: {'; '.join(told)} (paired 95 % intervals, not corrected for "
+        f"their number). The share of what vectors trained together gain is known for {known} of {all_known} pairs.",
+        figures=(*drawn, composition_plots.composition_sets(sets)),
+        tables=tuple(tables),
+    )
+
+
+def transfer_section(table: pd.DataFrame, maps: pd.DataFrame | None) -> Section:
+    """What donors' vectors do in recipients."""
+    rows = tuple(
+        (
+            str(row["donor"]) or "none", str(row["recipient"]), str(row["map"]), f"{row['value']:.3f}",
+            f"{row['low']:.3f} – {row['high']:.3f}",
+            f"missing: {row['why']}" if row["normalised"] != row["normalised"]
+            else f"{row['normalised']:.2f} ({row['normalised_low']:.2f} – {row['normalised_high']:.2f})",
+        )
+        for row in table.to_dict("records")
+    )  # fmt: skip
+    header = ("donor", "recipient", "map", str(table["metric"].iloc[0]), "95 % interval", "normalised (95 % interval)")
+    quantities = ("value", "normalised") if len(table["normalised"].dropna()) else ("value",)
+    text = (
+        "The normalised score is 0 where the recipient scores as without vectors and 1 where it scores as with its own."
+    )
+    if maps is not None:
+        text += (
+            f" Between unlike models vectors went through {', '.join(dict.fromkeys(maps['method']))} maps, which "
+            f"predict {maps['r2'].min():.0%} to {maps['r2'].max():.0%} of the recipient's variance on held-out texts."
+        )
+    return Section(
+        "Transfer",
+        text,
+        figures=tuple(transfer_plots.transfer(table, name) for name in quantities),
+        folded=(("All cells", Table(header, rows, frozenset({3, 4, 5}))),),
     )

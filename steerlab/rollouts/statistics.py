@@ -12,7 +12,7 @@ Left out: bias-corrected intervals, tests of significance, corrections for many 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -123,29 +123,62 @@ def paired_difference(
     return bootstrap_interval(ours - theirs, seed=seed, level=level, resamples=resamples, bounds=(-1.0, 1.0))
 
 
+@dataclass(frozen=True)
+class Share:
+    """A share of a gain with the ends of its interval, 1 where all of it is reached. Missing (NaN), and `why` says so,
+    where the gain to be shared is within its noise of 0."""
+
+    value: float
+    low: float
+    high: float
+    why: str = ""
+
+
+def resampled_means(
+    scores: Float[np.ndarray, "condition seeds problems"], *, seed: int = 0, resamples: int = 2_000
+) -> Float[np.ndarray, "resample condition"]:
+    """Means of several conditions under the same resamples of problems and of seeds (crossed), for intervals of what is
+    no mean itself: a ratio, the larger of two."""
+    _, n_seeds, n_problems = scores.shape
+    generator = np.random.default_rng(seed)
+    by_problem = generator.multinomial(n_problems, np.full(n_problems, 1 / n_problems), size=resamples) / n_problems
+    by_seed = generator.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=resamples) / n_seeds
+    return np.stack([np.einsum("rs,rs->r", by_seed, by_problem @ grid.T) for grid in scores], axis=1)
+
+
 def share_of_gain(
-    scores: Float[np.ndarray, "*axes"],
-    whole: Float[np.ndarray, "*axes"],
-    baseline: Float[np.ndarray, "*axes"],
+    score: Float[np.ndarray, "seeds problems"],
+    floors: Sequence[Float[np.ndarray, "_ problems"]],
+    ceiling: Float[np.ndarray, "_ problems"],
     *,
     seed: int = 0,
     level: float = 0.95,
-    resamples: int = 10_000,
-) -> Interval | None:
-    """(scores − baseline) / (whole − baseline), means over the same problems (or seeds × problems), with the percentile
-    interval of the ratio. None where the gain that is shared out is not above 0 itself: its interval has 0 in it.
+    resamples: int = 2_000,
+) -> Share:
+    """(score − floor) / (ceiling − floor), all on the same problems; of several floors the highest.
+
+    A quotient whose denominator may be 0 says nothing: the share is missing unless the interval of ceiling − floor is
+    above 0. Resamples in which it is not are left out of the share's own interval.
     """
-    gained, of = (np.atleast_2d(side) - np.atleast_2d(baseline) for side in (scores, whole))
-    if paired_difference(whole, baseline, seed=seed, level=level, resamples=resamples).low <= 0:
-        return None
-    generator = np.random.default_rng(seed)
-    n_seeds, n_problems = of.shape
-    by_problem = generator.multinomial(n_problems, np.full(n_problems, 1 / n_problems), size=resamples)
-    by_seed = generator.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=resamples)
-    part, total = (np.einsum("rs,rs->r", by_seed, by_problem @ grid.T) for grid in (gained, of))
-    tail = (1 - level) / 2
-    low, high = np.quantile(part[total > 0] / total[total > 0], [tail, 1 - tail])
-    return Interval(float(gained.mean() / of.mean()), float(low), float(high))
+    grids = [np.atleast_2d(grid) for grid in (score, ceiling, *floors)]
+    n_seeds = max(len(grid) for grid in grids)
+    if {len(grid) for grid in grids} - {1, n_seeds}:
+        raise UsageError("scores of unequally many seeds cannot be compared; give equally many of each, or one")
+    stacked = np.stack([np.broadcast_to(grid, (n_seeds, grid.shape[1])) for grid in grids])
+    means, draws = stacked.mean(axis=(1, 2)), resampled_means(stacked, seed=seed, resamples=resamples)
+    best = int(means[2:].argmax())
+    room = paired_difference(grids[1], grids[2 + best], seed=seed, level=level, resamples=resamples)
+    if room.low <= 0:
+        kind = "below 0" if room.high < 0 else "within its noise of 0"
+        nothing = float("nan")
+        said = f"the gain to be shared, {room.value:+.3f} ({room.low:+.3f} to {room.high:+.3f}), is {kind}"
+        return Share(nothing, nothing, nothing, said)
+    floor = draws[:, 2:].max(axis=1)
+    gap = draws[:, 1] - floor
+    shares = (draws[:, 0] - floor)[gap > 0] / gap[gap > 0]
+    low, high = np.quantile(shares, [(1 - level) / 2, (1 + level) / 2])
+    value = (means[0] - means[2 + best]) / (means[1] - means[2 + best])
+    return Share(float(value), float(low), float(high))
 
 
 def summarise(

@@ -118,6 +118,25 @@ def test_adaptive(small_vectors: dict[str, Any]) -> None:
     assert table.groupby("condition")["magnitude_share"].sum().round(6).eq(1).all()
 
 
+@pytest.mark.slow
+def test_composition(small_vectors: dict[str, Any]) -> None:
+    module = script("small_vectors/composition")
+    table = module.main(module.Options(**small_vectors))
+    tables.check(table, "composition")
+    assert set(table["condition"]) == {"trained", "random"} and set(table["n_seeds"]) == {2}
+    assert (small_vectors["out"] / "composition" / "figures" / "composition_gain.html").exists()
+
+
+@pytest.mark.slow
+def test_transfer(small_vectors: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    module = script("small_vectors/transfer")
+    table = module.main(module.Options(**small_vectors))
+    tables.check(table, "transfer")
+    assert set(table["recipient"]) == {"one digit", "plain"} and len(table) == 2 * (2 + 2 * 3)
+    assert "second family: left out" in capsys.readouterr().out
+    assert (small_vectors["out"] / "transfer" / "figures" / "transfer_value.html").exists()
+
+
 def test_batch_invariance(benchmarks: Path, tiny_folder: Path, tmp_path: Path) -> None:
     module = script("benchmarks/batch_invariance")
     options = module.Options(tmp_path, scale="tiny", dtypes=("fp64",), splits=(3,), model=str(tiny_folder))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import pandas as pd
 import pytest
 
@@ -16,7 +15,6 @@ from steerlab.interp.texts import Text
 from steerlab.interp.token_effects import token_effects
 from steerlab.models import LanguageModel, Site
 from steerlab.rollouts import Evaluation, Sampling
-from steerlab.rollouts.statistics import share_of_gain
 from steerlab.tasks import Judgement, Message, Problem, Prompt
 
 Pick = Callable[..., pd.DataFrame]
@@ -95,14 +93,3 @@ def test_bad_input(exact: Callable[..., LanguageModel]) -> None:
     part = SteeringVectors(towards(model, "q").vectors, Scope.generated())
     with pytest.raises(UsageError, match="token scope all"):
         substitution(model, BeginsWith("q"), part, EVALUATION, "q", "z")
-
-
-def test_share_of_gain() -> None:
-    base, whole = np.zeros(20), np.ones(20)
-    half = np.tile([0.0, 1.0], 10)
-    share = share_of_gain(half, whole, base)
-    assert share is not None
-    assert share.value == 0.5
-    assert 0.2 < share.low < 0.5 < share.high < 0.8
-    assert share_of_gain(whole, whole, base) is not None
-    assert share_of_gain(half, base, base) is None, "no gain to share out"
