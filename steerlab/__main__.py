@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from steerlab.command_line import readouts
+from steerlab.command_line import comparisons, readouts
 from steerlab.command_line.arguments import (
     RUN_OR_NOTHING,
     OtherWeights,
@@ -331,6 +331,9 @@ COMMANDS: Mapping[str, Callable[..., int]] = {
     "lens": readouts.lens,
     "tokens": readouts.tokens,
     "persistence": readouts.persistence,
+    "directions": comparisons.directions,
+    "magnitudes": comparisons.magnitudes,
+    "side-effects": comparisons.side_effects,
     "report": report,
     "models": models,
     "recipes": recipes,
