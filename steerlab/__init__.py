@@ -14,9 +14,15 @@ if TYPE_CHECKING:
     from steerlab.errors import RunFailed, UsageError
     from steerlab.execute import execute as train
     from steerlab.execute import resume
+    from steerlab.interp.at_equal_kl import at_equal_kl, scale_at_kl
+    from steerlab.interp.contrast import Contrast
+    from steerlab.interp.directions import at_norms_of, directions
     from steerlab.interp.logit_lens import logit_lens
+    from steerlab.interp.magnitudes import magnitudes
+    from steerlab.interp.neutral import neutral
     from steerlab.interp.persistence import persistence
     from steerlab.interp.residual_lens import residual_lens
+    from steerlab.interp.side_effects import side_effects
     from steerlab.interp.texts import Text
     from steerlab.interp.token_effects import token_effects
     from steerlab.models import LanguageModel, Site
@@ -29,6 +35,7 @@ if TYPE_CHECKING:
     from steerlab.training import Experiment
 
 _HOMES = {
+    "Contrast": "steerlab.interp.contrast:Contrast",
     "Evaluation": "steerlab.rollouts:Evaluation",
     "Experiment": "steerlab.training:Experiment",
     "LanguageModel": "steerlab.models:LanguageModel",
@@ -44,15 +51,22 @@ _HOMES = {
     "SteeringVectors": "steerlab.adapters:SteeringVectors",
     "Text": "steerlab.interp.texts:Text",
     "UsageError": "steerlab.errors:UsageError",
+    "at_equal_kl": "steerlab.interp.at_equal_kl:at_equal_kl",
+    "at_norms_of": "steerlab.interp.directions:at_norms_of",
+    "directions": "steerlab.interp.directions:directions",
     "evaluate": "steerlab.rollouts:evaluate",
     "load_model": "steerlab.models:load",
     "load_vectors": "steerlab.adapters.formats:load",
     "logit_lens": "steerlab.interp.logit_lens:logit_lens",
+    "magnitudes": "steerlab.interp.magnitudes:magnitudes",
     "make_task": "steerlab.tasks:make",
+    "neutral": "steerlab.interp.neutral:neutral",
     "persistence": "steerlab.interp.persistence:persistence",
     "residual_lens": "steerlab.interp.residual_lens:residual_lens",
     "resume": "steerlab.execute:resume",
     "rloo": "steerlab.recipes:rloo",
+    "scale_at_kl": "steerlab.interp.at_equal_kl:scale_at_kl",
+    "side_effects": "steerlab.interp.side_effects:side_effects",
     "sweep_layers": "steerlab.sweep:sweep_layers",
     "token_effects": "steerlab.interp.token_effects:token_effects",
     "train": "steerlab.execute:execute",
@@ -60,6 +74,7 @@ _HOMES = {
 
 __all__ = [
     "RECIPES",
+    "Contrast",
     "Evaluation",
     "Experiment",
     "LanguageModel",
@@ -74,15 +89,22 @@ __all__ = [
     "SteeringVectors",
     "Text",
     "UsageError",
+    "at_equal_kl",
+    "at_norms_of",
+    "directions",
     "evaluate",
     "load_model",
     "load_vectors",
     "logit_lens",
+    "magnitudes",
     "make_task",
+    "neutral",
     "persistence",
     "residual_lens",
     "resume",
     "rloo",
+    "scale_at_kl",
+    "side_effects",
     "sweep_layers",
     "token_effects",
     "train",

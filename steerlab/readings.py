@@ -165,5 +165,5 @@ def at_equal_kl(
     done: Done | None = None,
 ) -> Reading:
     """The score of every set where it is as far from the base as the others on neutral text."""
-    table = equal.at_equal_kl(model, sets, neutral, task, evaluation, targets_nats=targets_nats, done=done)
+    table = equal.at_equal_kl(model, sets, neutral, task, evaluation, targets_nats=targets_nats, done=done).table
     return Reading({"at_equal_kl": table}, {"at_equal_kl": plot_equal.at_equal_kl(table)})

@@ -172,7 +172,12 @@ SCHEMAS: dict[str, tuple[Column, ...]] = {
         Column("low", "float", "share", "lower end of its 95 % interval over groups (pairs, problems)"),
         Column("high", "float", "share", "upper end of its 95 % interval over groups (pairs, problems)"),
         Column("accuracy", "float", "share", "held-out texts on the right side of the middle, mean of both classes"),
-        Column("shuffled", "float", "share", "held-out AUROC with shuffled labels, mean over shuffles"),
+        Column(
+            "shuffled",
+            "float",
+            "share",
+            "held-out AUROC with shuffled labels, mean over shuffles; missing if none can be",
+        ),
         Column("shuffled_low", "float", "share", "least of the shuffles"),
         Column("shuffled_high", "float", "share", "most of the shuffles"),
     ),

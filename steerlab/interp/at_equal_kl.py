@@ -32,6 +32,14 @@ NOTHING = Interval(float("nan"), float("nan"), float("nan"))
 
 
 @dataclass(frozen=True)
+class AtEqualKL:
+    """table: `at_equal_kl`. completions: what was answered, a set being called as `name_at_kl` says, or base."""
+
+    table: pd.DataFrame
+    completions: pd.DataFrame
+
+
+@dataclass(frozen=True)
 class Found:
     """scale: the multiple. kl: KL(steered ‖ base) there, in nats per token, with its interval over texts."""
 
@@ -69,7 +77,7 @@ def at_equal_kl(
     tolerance: float = TOLERANCE,
     highest: float = HIGHEST,
     done: Done | None = None,
-) -> pd.DataFrame:
+) -> AtEqualKL:
     """Table `at_equal_kl`: every set at the scale where it has each target KL on neutral text, scored on `task` beside
     the base model, all in one decode batch. targets_nats: none for the KL that the first set has as it is.
 
@@ -90,7 +98,7 @@ def at_equal_kl(
     asked = {"base": Condition(None, task, evaluation.sampling, evaluation.samples)}
     for (name, target), where in found.items():
         if where is not None:
-            asked[f"{name} at {target:.6g}"] = evaluation.steered(task, sets[name] * where.scale)
+            asked[name_at_kl(name, target)] = evaluation.steered(task, sets[name] * where.scale)
     completions = answered(model, task, evaluation, asked, done)
     heat = evaluation.sampling.temperature
     scores = summarise(completions, model=model.name, temperature=heat, metrics=("avg@k",)).set_index("condition")
@@ -98,10 +106,15 @@ def at_equal_kl(
         _equal_row(("base", 0.0), Found(0.0, Interval(0.0, 0.0, 0.0)), "base", scores, None)
     ]
     for cell, where in found.items():
-        name = f"{cell[0]} at {cell[1]:.6g}"
+        name = name_at_kl(*cell)
         over_base = None if where is None else gain(completions, condition=name)
         rows.append(_equal_row(cell, where, name, scores, over_base))
-    return tables.check(pd.DataFrame(rows), "at_equal_kl")
+    return AtEqualKL(tables.check(pd.DataFrame(rows), "at_equal_kl"), completions)
+
+
+def name_at_kl(condition: str, target_nats: float) -> str:
+    """What the completions of a set at the scale of a target are called."""
+    return f"{condition} at {target_nats:.6g} nats"
 
 
 class OutOfReach(UsageError):

@@ -154,7 +154,10 @@ def _separation(
     groups = np.unique(contrast.groups, return_inverse=True)[1]
     label = np.arange(len(states)) < len(contrast.positive)
     generator = np.random.default_rng(seed)
-    auroc, accuracy = _held_out(method, states, label, groups, contrast.paired, seed)
+    said = _held_out(method, states, label, groups, contrast.paired, seed)
+    if said is None:
+        raise UsageError("no fold has texts of both classes to hold out; give more pairs or problems of either class")
+    auroc, accuracy = said
     control = []
     for _ in range(shuffles):
         if contrast.paired:  # which text of a pair is the positive one
@@ -162,11 +165,11 @@ def _separation(
             order = np.where(flipped, np.roll(np.arange(len(states)), len(states) // 2), np.arange(len(states)))
         else:
             order = generator.permutation(len(states))
-        control.append(_held_out(method, states[order], label, groups[order], contrast.paired, seed)[0].value)
+        shuffled = _held_out(method, states[order], label, groups[order], contrast.paired, seed)
+        control += [] if shuffled is None else [shuffled[0].value]
+    told = {"shuffled": np.mean, "shuffled_low": np.min, "shuffled_high": np.max}
     return {"auroc": auroc.value, "low": auroc.low, "high": auroc.high, "accuracy": accuracy} | {
-        "shuffled": float(np.mean(control)),
-        "shuffled_low": float(np.min(control)),
-        "shuffled_high": float(np.max(control)),
+        name: float(of(control)) if control else float("nan") for name, of in told.items()
     }
 
 
@@ -177,9 +180,10 @@ def _held_out(
     groups: Int[np.ndarray, " text"],
     paired: bool,
     seed: int,
-) -> tuple[Interval, float]:
+) -> tuple[Interval, float] | None:
     """AUROC within held-out folds, all pairs of texts counting the same, its interval over groups; and the mean over
-    classes of the share of texts on the right side of the middle between the fitted class means."""
+    classes of the share of texts on the right side of the middle between the fitted class means. None where no fold
+    can be held out with texts of both classes on either side."""
     n = int(groups.max()) + 1
     above, pairs = np.zeros((n, n)), np.zeros((n, n))
     right: dict[bool, list[float]] = {True: [], False: []}
@@ -199,7 +203,7 @@ def _held_out(
         right[True] += (ours > middle).tolist()
         right[False] += (theirs < middle).tolist()
     if not pairs.any():
-        raise UsageError("no fold has texts of both classes to hold out; give more pairs or problems of either class")
+        return None
     accuracy = float(np.mean([np.mean(side) for side in right.values()]))
     return _interval(above, pairs, seed), accuracy
 

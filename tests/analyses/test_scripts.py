@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from steerlab import tables
+from steerlab.runs import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,6 +43,16 @@ def benchmarks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     torch.set_num_threads(threads)
     for name in names:
         sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def small_vectors(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of the study of small vectors, importable and with its modules forgotten afterwards."""
+    folder = ROOT / "analyses" / "small_vectors"
+    monkeypatch.syspath_prepend(str(folder))
+    yield folder
+    for path in folder.glob("*.py"):
+        sys.modules.pop(path.stem, None)
 
 
 @pytest.mark.slow
@@ -71,6 +82,20 @@ def test_harder_rungs(tiny_folder: Path, tmp_path: Path) -> None:
     module = script("bias_only/harder_rungs")
     table = module.main(module.Options(tmp_path / "study", scale="tiny", model=str(tiny_folder)))
     assert set(table["cell"]) == {"two_digits", "two_digits-random_reward"}
+
+
+@pytest.mark.slow
+def test_directions(small_vectors: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    module = script("small_vectors/directions")
+    table = module.main(module.Options(tmp_path, scale="tiny", model=str(tiny_folder)))
+    assert list(dict.fromkeys(table["other"])) == ["mean_difference", "pca", "linear_probe", "random"]
+    assert set(table["comparison"]) == {"equal length", "best scale", "equal KL"} and len(table) == 12
+    known = table.dropna(subset=["value"])
+    assert (known["low"] <= known["value"]).all() and (known["value"] <= known["high"]).all() and len(known) >= 8
+    run = Run.open(tmp_path / "directions")
+    assert {"comparison", "directions", "magnitudes", "at_equal_kl"} == set(run.tables())
+    for name in ("directions", "magnitudes", "at_equal_kl"):
+        tables.check(run.table(name), name)
 
 
 def test_batch_invariance(benchmarks: Path, tiny_folder: Path, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_sets_are_scored_where_they_are_equally_far(
 ) -> None:
     first, second = vectors(tiny_llama), vectors(tiny_llama, (3,)) * 0.1
     mine = Neutral("mine", tuple(texts))
-    table = at_equal_kl(tiny_llama, {"first": first, "second": second}, mine, letters, EVALUATION)
+    table = at_equal_kl(tiny_llama, {"first": first, "second": second}, mine, letters, EVALUATION).table
     assert list(table["condition"]) == ["base", "first", "second"]
     own = kl(tiny_llama, first, texts)
     assert pick(table, condition="first").iloc[0][["target_nats", "scale", "kl_nats"]].tolist() == [own, 1.0, own]
@@ -73,7 +73,7 @@ def test_what_is_out_of_reach_is_missing(
     with pytest.raises(OutOfReach, match="at scale 2"):
         scale_at_kl(tiny_llama, near, texts, 1.0, highest=2.0)
     sets, mine = {"far": vectors(tiny_llama), "near": near}, Neutral("mine", tuple(texts))
-    table = at_equal_kl(tiny_llama, sets, mine, letters, EVALUATION, targets_nats=(0.01, 0.1), highest=8.0)
+    table = at_equal_kl(tiny_llama, sets, mine, letters, EVALUATION, targets_nats=(0.01, 0.1), highest=8.0).table
     missing = pick(table, condition="near")
     assert missing[["scale", "kl_nats", "value", "gain"]].isna().all().all() and len(missing) == 2
     assert pick(table, condition="far")["value"].notna().all()

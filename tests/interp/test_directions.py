@@ -107,7 +107,9 @@ def test_where_nothing_differs_nothing_is_separated(method: str, paired: bool) -
     for seed in range(12):
         noise = np.random.default_rng(seed).normal(size=(60, 40))
         groups = np.tile(np.arange(30), 2) if paired else np.arange(60)
-        values.append(by_contrast._held_out(METHODS[method], noise, np.arange(60) < 30, groups, paired, seed)[0])
+        told = by_contrast._held_out(METHODS[method], noise, np.arange(60) < 30, groups, paired, seed)
+        assert told is not None
+        values.append(told[0])
     assert np.mean([v.value for v in values]) == pytest.approx(0.5, abs=0.07)
     assert sum(v.low <= 0.5 <= v.high for v in values) >= 9
 
@@ -120,9 +122,11 @@ def test_groups_are_never_on_both_sides() -> None:
     label = np.repeat(generator.permutation(20) < 10, 6)
     order = np.argsort(~label, kind="stable")
     states = own[groups] + generator.normal(size=(120, 60))
-    found, _ = by_contrast._held_out(linear_probe, states[order], label[order], groups[order], False, 0)
-    leaked, _ = by_contrast._held_out(linear_probe, states[order], label[order], np.arange(120), False, 0)
-    assert found.value < 0.8 < 0.99 < leaked.value
+    found, leaked = (
+        by_contrast._held_out(linear_probe, states[order], label[order], numbers, False, 0)
+        for numbers in (groups[order], np.arange(120))
+    )
+    assert found is not None and leaked is not None and found[0].value < 0.8 < 0.99 < leaked[0].value
 
 
 def test_answers_of_the_base_are_sorted_by_whether_they_are_right(tiny_llama: LanguageModel, letters: Task) -> None:
