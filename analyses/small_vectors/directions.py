@@ -58,13 +58,18 @@ def main(options: Options) -> pd.DataFrame:
     subject = bank.trained(options, exact=True)
     layer = best_layer(subject) if options.layer is None else options.layer
     prose = neutral(subject.model, "", limit=2 if tiny else 14, n_tokens=16 if tiny else 128, least=16)
-    subject.model.tune()
+    if not tiny:
+        subject.model.tune()
     cheap, separation = directions_at(subject, layer, tiny)
     scales = (0.0, 1.0, 2.0) if tiny else (0.0, 0.5, 1.0, 2.0, 4.0, 8.0)
-    seeds = [one_seed(subject, subject.vectors(layer, seed), cheap, seed, scales, prose) for seed in subject.seeds]
+    trained = {seed: subject.vectors(layer, seed) for seed in subject.seeds}
+    moved = {seed: vectors for seed, vectors in trained.items() if any(v.any() for v in vectors.vectors.values())}
+    if left_out := sorted(set(trained) - set(moved)):
+        print(f"seeds {left_out} have a zero vector (no group gave a signal) and are left out")
+    seeds = [one_seed(subject, vectors, cheap, seed, scales, prose) for seed, vectors in moved.items()]
     table = compared(seeds, [*(name for name in cheap), "random"]).assign(layer=layer)
     found = pooled([seed.magnitudes for seed in seeds], ["condition", "scale"])
-    equal = pd.concat([seed.equal.assign(seed=number) for number, seed in zip(subject.seeds, seeds, strict=True)])
+    equal = pd.concat([seed.equal.assign(seed=number) for number, seed in zip(moved, seeds, strict=True)])
     run = Run.create(options.out / "directions", kind="analysis", status="done", layer=layer)
     tables = {"comparison": table, "directions": separation, "magnitudes": found, "at_equal_kl": equal}
     Reading(tables, {"magnitudes": drawn(found)}).save(run)

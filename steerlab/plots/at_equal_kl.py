@@ -18,7 +18,7 @@ def at_equal_kl(df: pd.DataFrame) -> go.Figure:
     sets = df.loc[df["condition"] != "base"]
     if sets.empty:
         raise UsageError("the table is empty; compare at least one set of vectors")
-    made = figure("Score at equal distance from the base model", height=430)
+    made = figure("Score at equal distance from the base model", height=450).update_layout(margin_t=88)
     colours = set_colours(sets["condition"])
     for place, (condition, colour) in enumerate(colours.items()):
         part = sets.loc[sets["condition"] == condition].dropna(subset=["kl_nats"]).sort_values("target_nats")

@@ -23,7 +23,7 @@ def magnitudes(df: pd.DataFrame) -> go.Figure:
     tables.check(df, "magnitudes")
     if df.empty:
         raise UsageError("the table is empty; try at least one scale")
-    made = figure("Score by scale of the vectors", height=430)
+    made = figure("Score by scale of the vectors", height=450).update_layout(margin_t=88)
     for condition, colour in set_colours(df["condition"]).items():
         part = df.loc[df["condition"] == condition].sort_values("scale")
         made.add_scatter(**band(part["scale"], part["low"], part["high"], colour))
