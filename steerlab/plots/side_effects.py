@@ -75,6 +75,5 @@ def side_effects(df: pd.DataFrame) -> go.Figure:
         made.update_xaxes(
             title_text=unit, tickformat=".0%" if share else "", rangemode="tozero", nticks=5, row=1, col=column
         )
-    ticks = [label(words(name), limit=28) for name in names]
     made.update_yaxes(showgrid=False, ticks="", range=[len(names) - 0.4, -0.6])
-    return made.update_yaxes(tickvals=list(range(len(names))), ticktext=ticks)
+    return made.update_yaxes(tickvals=list(range(len(names))), ticktext=[label(words(n), limit=28) for n in names])
