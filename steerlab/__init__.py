@@ -14,11 +14,17 @@ if TYPE_CHECKING:
     from steerlab.errors import RunFailed, UsageError
     from steerlab.execute import execute as train
     from steerlab.execute import resume
+    from steerlab.interp.at_equal_kl import at_equal_kl, scale_at_kl
     from steerlab.interp.composition import composition
+    from steerlab.interp.contrast import Contrast
+    from steerlab.interp.directions import at_norms_of, directions
     from steerlab.interp.logit_lens import logit_lens
+    from steerlab.interp.magnitudes import magnitudes
+    from steerlab.interp.neutral import neutral
     from steerlab.interp.persistence import persistence
     from steerlab.interp.residual_lens import residual_lens
     from steerlab.interp.residual_maps import fit_map
+    from steerlab.interp.side_effects import side_effects
     from steerlab.interp.texts import Text
     from steerlab.interp.token_effects import token_effects
     from steerlab.interp.transfer import Donor, Recipient, transfer
@@ -33,6 +39,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Donor": "steerlab.interp.transfer:Donor",
+    "Contrast": "steerlab.interp.contrast:Contrast",
     "Evaluation": "steerlab.rollouts:Evaluation",
     "Experiment": "steerlab.training:Experiment",
     "LanguageModel": "steerlab.models:LanguageModel",
@@ -50,16 +57,23 @@ _HOMES = {
     "Text": "steerlab.interp.texts:Text",
     "UsageError": "steerlab.errors:UsageError",
     "composition": "steerlab.interp.composition:composition",
+    "at_equal_kl": "steerlab.interp.at_equal_kl:at_equal_kl",
+    "at_norms_of": "steerlab.interp.directions:at_norms_of",
+    "directions": "steerlab.interp.directions:directions",
     "evaluate": "steerlab.rollouts:evaluate",
     "fit_map": "steerlab.interp.residual_maps:fit_map",
     "load_model": "steerlab.models:load",
     "load_vectors": "steerlab.adapters.formats:load",
     "logit_lens": "steerlab.interp.logit_lens:logit_lens",
+    "magnitudes": "steerlab.interp.magnitudes:magnitudes",
     "make_task": "steerlab.tasks:make",
+    "neutral": "steerlab.interp.neutral:neutral",
     "persistence": "steerlab.interp.persistence:persistence",
     "residual_lens": "steerlab.interp.residual_lens:residual_lens",
     "resume": "steerlab.execute:resume",
     "rloo": "steerlab.recipes:rloo",
+    "scale_at_kl": "steerlab.interp.at_equal_kl:scale_at_kl",
+    "side_effects": "steerlab.interp.side_effects:side_effects",
     "sweep_layers": "steerlab.sweep:sweep_layers",
     "token_effects": "steerlab.interp.token_effects:token_effects",
     "train": "steerlab.execute:execute",
@@ -68,6 +82,7 @@ _HOMES = {
 
 __all__ = [
     "RECIPES",
+    "Contrast",
     "Donor",
     "Evaluation",
     "Experiment",
@@ -84,17 +99,24 @@ __all__ = [
     "SteeringVectors",
     "Text",
     "UsageError",
+    "at_equal_kl",
+    "at_norms_of",
     "composition",
+    "directions",
     "evaluate",
     "fit_map",
     "load_model",
     "load_vectors",
     "logit_lens",
+    "magnitudes",
     "make_task",
+    "neutral",
     "persistence",
     "residual_lens",
     "resume",
     "rloo",
+    "scale_at_kl",
+    "side_effects",
     "sweep_layers",
     "token_effects",
     "train",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from steerlab.command_line import readouts, together
+from steerlab.command_line import comparisons, readouts, together
 from steerlab.command_line.arguments import (
     RUN_OR_NOTHING,
     OtherWeights,
@@ -334,6 +334,9 @@ COMMANDS: Mapping[str, Callable[..., int]] = {
     "adaptive": readouts.adaptive,
     "compose": together.compose,
     "transfer": together.transfer,
+    "directions": comparisons.directions,
+    "magnitudes": comparisons.magnitudes,
+    "side-effects": comparisons.side_effects,
     "report": report,
     "models": models,
     "recipes": recipes,

@@ -6,7 +6,7 @@ what the steered model answers to held-out problems of its task). The work is `i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,19 +16,29 @@ import plotly.graph_objects as go
 from steerlab.adapters import LoRAWeights, SteeringVectors
 from steerlab.errors import UsageError
 from steerlab.interp import adaptive as interp_adaptive
+from steerlab.interp import at_equal_kl as equal
 from steerlab.interp import composition as combining
+from steerlab.interp import directions as contrasting
+from steerlab.interp import magnitudes as scaling
 from steerlab.interp import persistence as following
+from steerlab.interp import side_effects as beside_the_task
 from steerlab.interp import token_effects as effects
 from steerlab.interp import transfer as moving
+from steerlab.interp.contrast import Contrast, Position
+from steerlab.interp.neutral import Neutral
 from steerlab.interp.residual_lens import residual_lens
 from steerlab.interp.substitution import raised_first
 from steerlab.interp.substitution import substitution as interp_substitution
-from steerlab.interp.texts import Text, contrasts, sampled
+from steerlab.interp.texts import Conditions, Text, contrasts, sampled
 from steerlab.models import LanguageModel
 from steerlab.plots import adaptive as plot_adaptive
+from steerlab.plots import at_equal_kl as plot_equal
 from steerlab.plots import composition as plot_composition
+from steerlab.plots import directions as plot_directions
+from steerlab.plots import magnitudes as plot_magnitudes
 from steerlab.plots import persistence as plot_persistence
 from steerlab.plots import residual_lens as plot_lens
+from steerlab.plots import side_effects as plot_side_effects
 from steerlab.plots import substitution as plot_substitution
 from steerlab.plots import token_effects as plot_effects
 from steerlab.plots import transfer as plot_transfer
@@ -196,3 +206,59 @@ def transfer(
     tables = {"transfer": found.table} | ({"transfer_maps": found.maps} if len(found.maps) else {})
     quantities = ("value", "normalised") if len(found.table["normalised"].dropna()) else ("value",)
     return Reading(tables, {f"transfer_{name}": plot_transfer.transfer(found.table, name) for name in quantities})
+
+
+def directions(
+    model: LanguageModel, contrast: Contrast, layers: Sequence[int], *, position: Position = "last", seed: int = 0
+) -> tuple[Reading, dict[str, SteeringVectors]]:
+    """What separates the texts of a contrast without any training, by layer and method; and those vectors."""
+    found = contrasting.directions(model, contrast, layers, position=position, seed=seed)
+    return Reading({"directions": found.table}, {"directions": plot_directions.directions(found.table)}), found.vectors
+
+
+def magnitudes(
+    model: LanguageModel,
+    task: Task,
+    vectors: SteeringVectors,
+    evaluation: Evaluation,
+    scales: Sequence[float] = scaling.SCALES,
+    *,
+    beside: Mapping[str, SteeringVectors] | None = None,
+    seed: int = 0,
+    done: Done | None = None,
+) -> Reading:
+    """The score at several multiples of the vectors, beside a random direction of equal length and `beside`."""
+    table = scaling.magnitudes(model, task, vectors, evaluation, scales, beside=beside, seed=seed, done=done).table
+    return Reading({"magnitudes": table}, {"magnitudes": plot_magnitudes.magnitudes(table)})
+
+
+def side_effects(
+    model: LanguageModel,
+    conditions: Conditions,
+    neutral: Neutral,
+    *,
+    task: Task | None = None,
+    evaluation: Evaluation | None = None,
+    seed: int = 0,
+    done: Done | None = None,
+) -> Reading:
+    """What each condition does to neutral text, and to `task`, for which nothing was trained."""
+    table = beside_the_task.side_effects(
+        model, conditions, neutral, task=task, evaluation=evaluation, seed=seed, done=done
+    )
+    return Reading({"side_effects": table}, {"side_effects": plot_side_effects.side_effects(table)})
+
+
+def at_equal_kl(
+    model: LanguageModel,
+    sets: Mapping[str, SteeringVectors],
+    neutral: Neutral,
+    task: Task,
+    evaluation: Evaluation,
+    *,
+    targets_nats: Sequence[float] = (),
+    done: Done | None = None,
+) -> Reading:
+    """The score of every set where it is as far from the base as the others on neutral text."""
+    table = equal.at_equal_kl(model, sets, neutral, task, evaluation, targets_nats=targets_nats, done=done).table
+    return Reading({"at_equal_kl": table}, {"at_equal_kl": plot_equal.at_equal_kl(table)})

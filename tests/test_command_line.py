@@ -326,6 +326,48 @@ def test_persistence_is_read_into_the_run_and_its_report(sl: Sl, steered: Path) 
     assert "<h2>Persistence" in (steered / "report.html").read_text()
 
 
+def test_magnitudes_are_read_into_the_run_and_its_report(sl: Sl, steered: Path) -> None:
+    said = sl("magnitudes", steered, "--problems", "2", "--samples", "2", "--scales", "-1", "0", "1")
+    assert said.code == 0 and "avg@2 with 95 % intervals, 2 problems" in said.out
+    table = Run.open(steered).table("magnitudes")
+    assert table.groupby("condition", sort=False)["scale"].apply(list).to_dict() == {
+        "trained": [-1, 0, 1],
+        "random": [-1, 0, 1],
+    }
+    assert "Scale of the vectors" in (steered / "report.html").read_text()
+
+
+def test_side_effects_are_read_into_the_run_and_its_report(
+    sl: Sl, steered: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("STEERLAB_DATA", raising=False)
+    short = ("--problems", "2", "--samples", "2", "--texts", "3", "--scales", "2")
+    said = sl("side-effects", steered, *short, "--equal-kl", "--other-task", sums)
+    assert said.code == 0 and "own prose" in said.out and "equally far from the base" in said.out
+    run = Run.open(steered)
+    assert set(run.table("side_effects")["condition"]) == {"base", "steered", "steered × 2", "random"}
+    assert set(run.table("at_equal_kl")["condition"]) == {"base", "trained", "random"}
+    page = (steered / "report.html").read_text()
+    assert "Side effects" in page and "Scores at equal distance from the base" in page
+    refused(sl("side-effects", steered, "--text", "missing.txt"), "cannot be read as text")
+    refused(sl("side-effects", steered, "--other-option", "a=1"), "--other-task")
+
+
+def test_directions_are_read_into_the_run_and_its_report(sl: Sl, steered: Path, sums: Path) -> None:
+    run = Run.open(steered)
+    answers = run.table("completions")
+    marked = (answers["condition"] == "base") & (answers["sample"] == 0)  # a tiny model is never right
+    run.save_table("completions", answers.assign(correct=marked))
+    said = sl("directions", steered, "--kept", "--layers", "1", "2")
+    assert said.code == 0 and "held-out AUROC" in said.out
+    table = run.table("directions")
+    assert set(table["layer"]) == {1, 2} and len(table) == 6
+    assert "Directions without training" in (steered / "report.html").read_text()
+    run.save_table("completions", answers.assign(correct=False))
+    refused(sl("directions", steered, "--kept"), "is right")
+    refused(sl("directions", steered / "vectors.safetensors", "--kept", "--out", steered / "new"), "leave out --kept")
+
+
 def test_vectors_alone_are_read_into_a_folder_of_their_own(
     sl: Sl, steered: Path, tiny_folder: Path, tmp_path: Path
 ) -> None:

@@ -5,12 +5,17 @@ Everything a model wrote is shown as text, never as markup or control codes.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any
+
 import pandas as pd
+import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from steerlab.adapters import SteeringVectors
+from steerlab.models import Site
 from steerlab.plots.house import words
 from steerlab.rollouts.statistics import gain
 
@@ -224,3 +229,83 @@ def transfer(console: Console, table: pd.DataFrame, maps: pd.DataFrame | None) -
     if maps is not None:
         told = f"{maps['r2'].min():.2f} to {maps['r2'].max():.2f} over {len(maps)} layers"
         console.print(f"held-out R² of the maps: {told}", highlight=False, soft_wrap=True)
+
+
+def directions(
+    console: Console, table: pd.DataFrame, made: Mapping[str, SteeringVectors], vectors: SteeringVectors
+) -> None:
+    """Of each method and layer: how well it separates held-out texts, and its cosine with the vector of that layer."""
+    first = table.iloc[0]
+    shown = Table(
+        box=None,
+        pad_edge=False,
+        title=f"held-out AUROC of {first['n_positive']} right and {first['n_negative']} wrong texts",
+    )
+    names = ("layer", "method", "AUROC (95 %)", "shuffled", "accuracy", "length", "cos with own")
+    for name in names:
+        shown.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+    for row in table.sort_values("layer", kind="stable").to_dict("records"):
+        site = Site("resid_post", int(row["layer"]))
+        own, other = made[row["method"]].vectors[site].detach().double(), vectors.vectors.get(site)
+        cosine = float("nan") if other is None else float(torch.cosine_similarity(own, other.detach().to(own), dim=0))
+        shown.add_row(
+            str(row["layer"]),
+            words(str(row["method"])),
+            f"{row['auroc']:.2f} ({row['low']:.2f}–{row['high']:.2f})",
+            *(f"{row[name]:.2f}" for name in ("shuffled", "accuracy")),
+            f"{row['norm']:.3g}",
+            f"{cosine:+.3f}",
+        )
+    console.print(shown)
+
+
+def magnitudes(console: Console, table: pd.DataFrame) -> None:
+    """A row per scale, a column per set of vectors: avg@k with its 95 % interval."""
+    first = table.iloc[0]
+    title = f"{first['metric']} with 95 % intervals, {first['n_problems']} problems"
+    _grid(console, table, "scale", title, lambda row: f"{row['value']:.3f} ({row['low']:.3f}–{row['high']:.3f})")
+
+
+def side_effects(console: Console, table: pd.DataFrame) -> None:
+    """A row per condition, a column per quantity, with 95 % intervals."""
+    title = f"on {' and '.join(dict.fromkeys(table['measured_on'].astype(str)))}; KL in nats per token"
+    turned = table.rename(columns={"condition": "row", "quantity": "condition"})
+    _grid(console, turned, "row", title, lambda row: f"{row['value']:.3g} ({row['low']:.3g}–{row['high']:.3g})")
+
+
+def at_equal_kl(console: Console, table: pd.DataFrame) -> None:
+    """A row per set and target: its scale there, its score, and what it gains over the base."""
+    shown = Table(box=None, pad_edge=False, title="scores where the sets are equally far from the base on neutral text")
+    for name in ("condition", "KL (nats)", "scale", "metric", "value", "gain over base", "95 % interval"):
+        shown.add_column(name, justify="left" if name in ("condition", "metric") else "right", no_wrap=True)
+    for row in table.to_dict("records"):
+        missing = row["scale"] != row["scale"]
+        shown.add_row(
+            words(str(row["condition"])),
+            f"{row['target_nats']:.3g}",
+            "out of reach" if missing else f"{row['scale']:.3g}",
+            str(row["metric"]),
+            "" if missing else f"{row['value']:.3f}",
+            *(("", "") if row["gain"] != row["gain"] else _gained(row)),
+        )
+    console.print(shown)
+
+
+def _gained(row: Mapping[Hashable, Any]) -> tuple[str, str]:
+    return f"{row['gain']:+.3f}", f"{row['gain_low']:+.3f} to {row['gain_high']:+.3f}"
+
+
+def _grid(
+    console: Console, table: pd.DataFrame, index: str, title: str, told: Callable[[dict[Hashable, Any]], str]
+) -> None:
+    """A column per condition, a row per value of `index`."""
+    shown = Table(box=None, pad_edge=False, title=title)
+    conditions = list(dict.fromkeys(table["condition"]))
+    shown.add_column("" if index == "row" else index, justify="right" if index == "scale" else "left", no_wrap=True)
+    for condition in conditions:
+        shown.add_column(words(str(condition)), justify="right")
+    cells = {(row[index], row["condition"]): told(row) for row in table.to_dict("records")}
+    for at in dict.fromkeys(table[index]):
+        name = f"{at:g}" if index == "scale" else words(str(at))
+        shown.add_row(name, *(cells.get((at, condition), "") for condition in conditions))
+    console.print(shown)

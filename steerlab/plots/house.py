@@ -78,6 +78,7 @@ def band(x: Iterable[Any], low: Iterable[Any], high: Iterable[Any], colour: str)
     return {
         "x": [*there, *reversed(there)],
         "y": [*upper, *reversed(lower)],
+        "mode": "lines",  # plotly marks the corners of short ones otherwise
         "fill": "toself",
         "fillcolor": f"rgba({red},{green},{blue},0.18)",
         "line": {"width": 0},

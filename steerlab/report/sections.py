@@ -19,6 +19,7 @@ from steerlab.plots import logit_lens as lens_plots
 from steerlab.plots import scores as score_plots
 from steerlab.plots import training as training_plots
 from steerlab.plots.house import readable, words
+from steerlab.report.comparisons import comparison_sections
 from steerlab.report.page import Comparison, Report, Section, Side, Table
 from steerlab.report.readouts import reading_sections
 from steerlab.report.setup import cost, facts, setup, title
@@ -48,7 +49,7 @@ def from_run(run: Run) -> str:
         report.add(lens_section(run.table("logit_lens")))
     if norms is not None:
         report.add(geometry_section(norms, cosines))
-    for section in reading_sections(run):
+    for section in (*reading_sections(run), *comparison_sections(run)):
         report.add(section)
     report.add(cost(run, metrics))
     report.add(setup(run))

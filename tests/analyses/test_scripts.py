@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from steerlab import tables
+from steerlab.runs import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -135,6 +136,20 @@ def test_transfer(small_vectors: dict[str, Any], capsys: pytest.CaptureFixture[s
     assert set(table["recipient"]) == {"one digit", "plain"} and len(table) == 2 * (2 + 2 * 3)
     assert "second family: left out" in capsys.readouterr().out
     assert (small_vectors["out"] / "transfer" / "figures" / "transfer_value.html").exists()
+
+
+@pytest.mark.slow
+def test_directions(small_vectors: dict[str, Any]) -> None:
+    module = script("small_vectors/directions")
+    table = module.main(module.Options(**small_vectors))
+    assert list(dict.fromkeys(table["other"])) == ["mean_difference", "pca", "linear_probe", "random"]
+    assert set(table["comparison"]) == {"equal length", "best scale", "equal KL"} and len(table) == 12
+    known = table.dropna(subset=["value"])
+    assert (known["low"] <= known["value"]).all() and (known["value"] <= known["high"]).all() and len(known) >= 8
+    run = Run.open(small_vectors["out"] / "directions")
+    assert {"comparison", "directions", "magnitudes", "at_equal_kl"} == set(run.tables())
+    for name in ("directions", "magnitudes", "at_equal_kl"):
+        tables.check(run.table(name), name)
 
 
 def test_batch_invariance(benchmarks: Path, tiny_folder: Path, tmp_path: Path) -> None:
