@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from steerlab.interp.token_effects import token_effects
     from steerlab.models import LanguageModel, Site
     from steerlab.models import load as load_model
+    from steerlab.models.bridges import to_nnsight, to_transformer_lens
     from steerlab.recipes import RECIPES, rloo
     from steerlab.rollouts import Evaluation, Policy, Sampling, evaluate
     from steerlab.runs import Run, RunStore
@@ -54,6 +55,8 @@ _HOMES = {
     "resume": "steerlab.execute:resume",
     "rloo": "steerlab.recipes:rloo",
     "sweep_layers": "steerlab.sweep:sweep_layers",
+    "to_nnsight": "steerlab.models.bridges:to_nnsight",
+    "to_transformer_lens": "steerlab.models.bridges:to_transformer_lens",
     "token_effects": "steerlab.interp.token_effects:token_effects",
     "train": "steerlab.execute:execute",
 }
@@ -84,6 +87,8 @@ __all__ = [
     "resume",
     "rloo",
     "sweep_layers",
+    "to_nnsight",
+    "to_transformer_lens",
     "token_effects",
     "train",
 ]
