@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from steerlab.interp.transfer import Donor, Recipient, transfer
     from steerlab.models import LanguageModel, Site
     from steerlab.models import load as load_model
+    from steerlab.models.bridges import to_nnsight, to_transformer_lens
     from steerlab.recipes import RECIPES, rloo
     from steerlab.rollouts import Evaluation, Policy, Sampling, evaluate
     from steerlab.runs import Run, RunStore
@@ -75,6 +76,8 @@ _HOMES = {
     "scale_at_kl": "steerlab.interp.at_equal_kl:scale_at_kl",
     "side_effects": "steerlab.interp.side_effects:side_effects",
     "sweep_layers": "steerlab.sweep:sweep_layers",
+    "to_nnsight": "steerlab.models.bridges:to_nnsight",
+    "to_transformer_lens": "steerlab.models.bridges:to_transformer_lens",
     "token_effects": "steerlab.interp.token_effects:token_effects",
     "train": "steerlab.execute:execute",
     "transfer": "steerlab.interp.transfer:transfer",
@@ -118,6 +121,8 @@ __all__ = [
     "scale_at_kl",
     "side_effects",
     "sweep_layers",
+    "to_nnsight",
+    "to_transformer_lens",
     "token_effects",
     "train",
     "transfer",

@@ -10,19 +10,18 @@ import logging
 import sys
 
 import torch
-from nnsight import TransformersModel
 
-from steerlab.models import LanguageModel, Site, tiny
+from steerlab.models import LanguageModel, Site, bridges, tiny
 
 LAYER = 1
 
 
-def differences(model: LanguageModel, twin: LanguageModel, tokens: torch.Tensor) -> dict[str, float]:
+def differences(model: LanguageModel, tokens: torch.Tensor) -> dict[str, float]:
+    """Modules inside the block are named here anew, so that this does not repeat what `models/sites.py` believes."""
     ours = model.cache(tokens, [Site(kind, LAYER) for kind in ("resid_pre", "resid_post", "mlp_out", "attn_out")])
-    traced = TransformersModel(twin.hf, tokenizer=twin.tokenizer)
-    path = next(name for name, module in twin.hf.named_modules() if module is twin.blocks[LAYER])
-    block = traced.get(path)
-    names = [name for name, _ in twin.blocks[LAYER].named_children()]
+    traced = bridges.to_nnsight(model)
+    block = traced.get(bridges.module_path(model, Site("resid_post", LAYER)))
+    names = [name for name, _ in model.blocks[LAYER].named_children()]
     attn = block.get(next(name for name in ("self_attn", "attn", "attention") if name in names))
     norms = "post_feedforward_layernorm" in names
     with traced.trace(tokens):
@@ -44,7 +43,7 @@ def main() -> None:
     logging.disable(logging.WARNING)
     tokens = torch.randint(5, 261, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        found = {family: differences(tiny.model(family), tiny.model(family), tokens) for family in tiny.FAMILIES}
+        found = {family: differences(tiny.model(family), tokens) for family in tiny.FAMILIES}
     json.dump(found, sys.stdout)
 
 

@@ -20,7 +20,7 @@ from steerlab.models import tiny
 pytestmark = pytest.mark.slow
 READ = {"resid_pre", "resid_post", "attn_out", "mlp_out"}
 READ_IN_LENS = READ | {"resid_mid", "q", "k", "v", "z", "pattern", "mlp_neurons"}
-WRITTEN_IN_LENS = {f"write {kind}" for kind in READ | {"z", "mlp_neurons"}}
+WRITTEN_IN_LENS = {f"write {kind}" for kind in READ | {"q", "k", "v", "z", "mlp_neurons"}}
 
 
 def run(script: str, home: Path) -> dict[str, dict[str, float]]:
