@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from steerlab.errors import RunFailed, UsageError
     from steerlab.execute import execute as train
     from steerlab.execute import resume
+    from steerlab.interp.languages import languages
     from steerlab.interp.logit_lens import logit_lens
     from steerlab.interp.persistence import persistence
     from steerlab.interp.residual_lens import residual_lens
     from steerlab.interp.texts import Text
     from steerlab.interp.token_effects import token_effects
+    from steerlab.interp.vocabulary import vocabulary_classes
     from steerlab.models import LanguageModel, Site
     from steerlab.models import load as load_model
     from steerlab.recipes import RECIPES, rloo
@@ -45,6 +47,7 @@ _HOMES = {
     "Text": "steerlab.interp.texts:Text",
     "UsageError": "steerlab.errors:UsageError",
     "evaluate": "steerlab.rollouts:evaluate",
+    "languages": "steerlab.interp.languages:languages",
     "load_model": "steerlab.models:load",
     "load_vectors": "steerlab.adapters.formats:load",
     "logit_lens": "steerlab.interp.logit_lens:logit_lens",
@@ -56,6 +59,7 @@ _HOMES = {
     "sweep_layers": "steerlab.sweep:sweep_layers",
     "token_effects": "steerlab.interp.token_effects:token_effects",
     "train": "steerlab.execute:execute",
+    "vocabulary_classes": "steerlab.interp.vocabulary:vocabulary_classes",
 }
 
 __all__ = [
@@ -75,6 +79,7 @@ __all__ = [
     "Text",
     "UsageError",
     "evaluate",
+    "languages",
     "load_model",
     "load_vectors",
     "logit_lens",
@@ -86,6 +91,7 @@ __all__ = [
     "sweep_layers",
     "token_effects",
     "train",
+    "vocabulary_classes",
 ]
 
 

@@ -331,6 +331,7 @@ COMMANDS: Mapping[str, Callable[..., int]] = {
     "lens": readouts.lens,
     "tokens": readouts.tokens,
     "persistence": readouts.persistence,
+    "languages": readouts.languages,
     "report": report,
     "models": models,
     "recipes": recipes,

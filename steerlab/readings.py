@@ -17,9 +17,11 @@ from steerlab.adapters import SteeringVectors
 from steerlab.errors import UsageError
 from steerlab.interp import persistence as following
 from steerlab.interp import token_effects as effects
+from steerlab.interp.languages import languages as read_languages
 from steerlab.interp.residual_lens import residual_lens
 from steerlab.interp.texts import Text, contrasts, sampled
 from steerlab.models import LanguageModel
+from steerlab.plots import languages as plot_languages
 from steerlab.plots import persistence as plot_persistence
 from steerlab.plots import residual_lens as plot_lens
 from steerlab.plots import token_effects as plot_effects
@@ -98,3 +100,22 @@ def persistence(model: LanguageModel, vectors: SteeringVectors, texts: Sequence[
     table = following.persistence(model, vectors, texts, seed=seed).table
     shown = {name: plot_persistence.persistence(table, name) for name in ("diff_vector", "diff_diff", "length")}
     return Reading({"persistence": table}, {f"persistence_{name}": figure for name, figure in shown.items()})
+
+
+def languages(
+    model: LanguageModel,
+    vectors: SteeringVectors,
+    texts: Sequence[Text],
+    *,
+    classes: pd.DataFrame | None = None,
+    draws: int = 4,
+    seed: int = 0,
+) -> Reading:
+    """What each layer's vector does to tokens of other languages, beside random directions of equal length. classes:
+    as in `interp.languages`. The figure of gaps is absent where the vocabulary has no English, or nothing else."""
+    found = read_languages(model, vectors, texts, classes=classes, draws=draws, seed=seed)
+    figures = {f"languages_{name}": plot_languages.languages(found.table, name) for name in ("cosine", "logprob")}
+    if len(found.gaps):
+        figures["language_gaps"] = plot_languages.language_gaps(found.gaps)
+    kept = {"vocabulary_classes": found.classes, "languages": found.table, "language_gaps": found.gaps}
+    return Reading(kept, figures)

@@ -41,6 +41,18 @@ _POSITION = (
     Column("position", "int", "1", "0-based token of the text, whose successor is predicted"),
 )
 
+_SPAN = (
+    Column("from_layer", "int", "1", "lowest 0-based block whose vector, added alone, the row averages over"),
+    Column("to_layer", "int", "1", "of the highest; equal to from_layer for one vector"),
+    Column("readout", "str", "1", "cosine (output effect with unembedding rows) or logprob (change in nats)"),
+)
+_LANGUAGE_INTERVALS = (
+    Column("low", "float", "cosine | nats", "lower end of the 95 % interval over tokens; missing for one token"),
+    Column("high", "float", "cosine | nats", "upper end of the 95 % interval over tokens"),
+    Column("low_texts", "float", "nats", "lower end of the 95 % interval over texts; missing for cosine, for one text"),
+    Column("high_texts", "float", "nats", "upper end of the 95 % interval over texts"),
+)
+
 SCHEMAS: dict[str, tuple[Column, ...]] = {
     "scores": (
         Column("model", "str", "1", "model name"),
@@ -162,6 +174,34 @@ SCHEMAS: dict[str, tuple[Column, ...]] = {
         Column("high", "float", "cosine | activation units", "upper end of the 95 % interval over texts"),
         Column("n_texts", "int", "texts", "texts that have a value"),
     ),
+    "vocabulary_classes": (
+        Column("token_id", "int", "1", "vocabulary index"),
+        Column("token", "str", "1", "text of the token, decoded alone"),
+        Column("script", "str", "1", "Unicode script of its letters; none, mixed, or other_script"),
+        Column("token_class", "str", "1", "english, other_latin, a script, code, …; rules in interp/vocabulary.py"),
+    ),
+    "languages": (
+        Column("condition", "str", "1", "trained, or random: a direction of equal length"),
+        Column("draw", "int", "1", "which random direction; 0 for trained"),
+        *_SPAN,
+        Column("token_class", "str", "1", "class of tokens, as in vocabulary_classes"),
+        Column("value", "float", "cosine | nats", "mean over the tokens of the class (and over texts)"),
+        *_LANGUAGE_INTERVALS,
+        Column("n_tokens", "int", "tokens", "tokens of the class"),
+        Column("n_texts", "int", "texts", "texts read"),
+    ),
+    "language_gaps": (
+        Column("condition", "str", "1", "trained, random (mean over draws), or trained − random"),
+        *_SPAN,
+        Column("value", "float", "cosine | nats", "mean over non-English tokens minus mean over English ones"),
+        *_LANGUAGE_INTERVALS,
+        Column("low_draws", "float", "cosine | nats", "lowest over random directions; missing for trained"),
+        Column("high_draws", "float", "cosine | nats", "highest over random directions; missing for trained"),
+        Column("n_english", "int", "tokens", "English tokens"),
+        Column("n_other", "int", "tokens", "tokens of another language or script"),
+        Column("n_texts", "int", "texts", "texts read"),
+        Column("n_draws", "int", "directions", "random directions per vector"),
+    ),
     "norms": (*_SITE, Column("norm", "float", "activation units", "Euclidean length of the vector")),
     "cosines": (
         Column("site_i", "str", "1", "site kind of the first vector"),
@@ -169,6 +209,23 @@ SCHEMAS: dict[str, tuple[Column, ...]] = {
         Column("site_j", "str", "1", "site kind of the second vector"),
         Column("layer_j", "int", "1", "0-based decoder block of the second vector"),
         Column("cosine", "float", "1", "cosine of the two vectors; missing if one is zero"),
+    ),
+    "cosines_between": (
+        Column("run_i", "str", "1", "name of the first set of vectors"),
+        Column("run_j", "str", "1", "name of the second"),
+        *_SITE,
+        Column("cosine", "float", "1", "cosine of the two sets' vectors there; missing if one is zero"),
+        Column("low_random", "float", "1", "lower end of the range of 95 % of random directions' cosines"),
+        Column("high_random", "float", "1", "its upper end"),
+    ),
+    "relative_dose": (
+        *_SITE,
+        Column("norm", "float", "activation units", "Euclidean length of the vector"),
+        Column("stream", "float", "activation units", "mean length over tokens of what the block writes without it"),
+        Column("value", "float", "share", "length of the vector over that of the stream, mean over texts"),
+        Column("low", "float", "share", "lower end of the 95 % interval over texts"),
+        Column("high", "float", "share", "upper end of the 95 % interval over texts"),
+        Column("n_texts", "int", "texts", "texts read"),
     ),
     "stable_rank": (
         Column("site", "str", "1", "site kind of the vectors"),

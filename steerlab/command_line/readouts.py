@@ -128,6 +128,33 @@ def persistence(
     return keep(found, folder)
 
 
+def languages(
+    run: RunOrVectors,
+    draws: Annotated[int, tyro.conf.arg(help="Random directions beside each vector.")] = 4,
+    task: Annotated[str, say("task_of")] = "",
+    problems: Problems = 4,
+    prompt: Prompts = (),
+    layers: Annotated[tuple[int, ...] | None, say("layers_read")] = None,
+    seed: Annotated[int, say("seed")] = 0,
+    model: Annotated[str, say("model_of")] = "",
+    dtype: Exactly = "fp32",
+    out: Folder = "",
+    allow_other_weights: OtherWeights = False,
+) -> int:
+    """Show what each layer's vector does to tokens of other languages and scripts, beside random directions."""
+    from steerlab import readings
+    from steerlab.command_line import show
+    from steerlab.command_line.subjects import subject, texts_about
+
+    about = subject(run, model, dtype, allow_other_weights)
+    folder = place(about, out)
+    texts = texts_about(about, prompt, task, problems, seed)
+    vectors = about.vectors if layers is None else about.vectors.select(layers)
+    found = readings.languages(about.model, vectors, texts, draws=draws, seed=seed)
+    show.languages(console(), found.tables["language_gaps"], found.tables["languages"])
+    return keep(found, folder)
+
+
 def place(about: Subject, out: str) -> Run:
     """The folder that a reading goes to: the subject's run, or `out`, a new one. Raises UsageError for neither."""
     from steerlab.runs import Run

@@ -130,3 +130,31 @@ def persistence(console: Console, table: pd.DataFrame) -> None:
             found += [f"{values[source, condition, name]:.3g}" for name in ("diff_diff", "length")]
         shown.add_row(str(source), *found)
     console.print(shown)
+
+
+def languages(console: Console, gaps: pd.DataFrame, classes: pd.DataFrame) -> None:
+    """Change of log-probability, non-English minus English, by source layers: trained, random, their difference."""
+    sizes = classes.drop_duplicates("token_class").set_index("token_class")["n_tokens"]
+    counted = ", ".join(f"{words(str(name))} {size}" for name, size in sizes.items())
+    console.print(f"tokens: {counted}", highlight=False, soft_wrap=True)
+    if gaps.empty:
+        told = "no gap: the vocabulary has no English tokens, or none of another language"
+        console.print(told, highlight=False, soft_wrap=True)
+        return
+    title = "change of log-probability (nats), mean of other languages' tokens − mean of English ones"
+    shown = Table(box=None, pad_edge=False, title=title)
+    for name in ("source layers", "trained", "95 % over tokens", "random", "range over draws", "trained − random"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    part = gaps.loc[gaps["readout"] == "logprob"]
+    for (low, high), rows in part.groupby(["from_layer", "to_layer"], sort=False):
+        of = {str(row["condition"]): row for row in rows.to_dict("records")}
+        trained, random, apart = (of[name] for name in ("trained", "random", "trained − random"))
+        shown.add_row(
+            str(low) if low == high else f"{low}–{high}",
+            f"{trained['value']:+.4f}",
+            f"{trained['low']:+.4f} to {trained['high']:+.4f}",
+            f"{random['value']:+.4f}",
+            f"{random['low_draws']:+.4f} to {random['high_draws']:+.4f}",
+            f"{apart['value']:+.4f}",
+        )
+    console.print(shown)

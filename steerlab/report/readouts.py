@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
+from steerlab.plots import languages as language_plots
 from steerlab.plots import persistence as persistence_plots
 from steerlab.plots import residual_lens as lens_plots
 from steerlab.plots import token_effects as effect_plots
@@ -21,6 +22,8 @@ def reading_sections(run: Run) -> list[Section]:
         found.append(effects_section(run.table("token_effects"), run.table("raised_tokens")))
     if "persistence" in names:
         found.append(persistence_section(run.table("persistence")))
+    if {"languages", "language_gaps"} <= names:
+        found.append(languages_section(run.table("languages"), run.table("language_gaps")))
     return found
 
 
@@ -82,4 +85,39 @@ def persistence_section(table: pd.DataFrame) -> Section:
         "Persistence",
         text,
         figures=tuple(persistence_plots.persistence(table, name) for name in ("diff_vector", "diff_diff", "length")),
+    )
+
+
+def languages_section(table: pd.DataFrame, gaps: pd.DataFrame) -> Section:
+    """What the vectors do to tokens of other languages: the widest average below the last layer, and the last layer."""
+    text = (
+        "Every token of the vocabulary is in one class by script and word frequency; each layer's vector is added "
+        "alone. Intervals over tokens say how well a mean is known; whether it is special is for the random directions "
+        "of equal length to say. "
+    )
+    figures = (language_plots.languages(table, "logprob"), language_plots.languages(table, "cosine"))
+    if gaps.empty:
+        return Section(
+            "Languages", text + "The vocabulary has no English tokens, or none of another language.", figures=figures
+        )
+    part = gaps.loc[gaps["readout"] == "logprob"]
+    widest = part.assign(width=part["to_layer"] - part["from_layer"]).sort_values("width", kind="stable").iloc[-1]
+    last = part["to_layer"].max()
+    spans = dict.fromkeys([(widest["from_layer"], widest["to_layer"]), (last, last)])
+    text += " ".join(_gap_told(part, int(low), int(high)) for low, high in spans)
+    return Section("Languages", text, figures=(language_plots.language_gaps(gaps), *figures))
+
+
+def _gap_told(gaps: pd.DataFrame, low: int, high: int) -> str:
+    """The gap of one group of source layers in words."""
+    rows = gaps.loc[(gaps["from_layer"] == low) & (gaps["to_layer"] == high)].set_index("condition")
+    trained, random = rows.loc["trained"], rows.loc["random"]
+    where = f"layer {low}" if low == high else f"layers {low}–{high} (mean)"
+    inside = random["low_draws"] <= trained["value"] <= random["high_draws"]
+    return (
+        f"The log-probability of the {trained['n_other']} tokens of other languages changes by {trained['value']:+.4f} "
+        f"nats more than that of the {trained['n_english']} English ones with the vectors of {where} (95 % interval "
+        f"over tokens {trained['low']:+.4f} to {trained['high']:+.4f}), and by {random['low_draws']:+.4f} to "
+        f"{random['high_draws']:+.4f} with {random['n_draws']} random directions: {'inside' if inside else 'outside'} "
+        "their range."
     )

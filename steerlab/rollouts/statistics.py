@@ -98,6 +98,26 @@ def bootstrap_interval(
     return Interval(value, float(low), float(high))
 
 
+def resampled_means(
+    scores: Float[np.ndarray, "units columns"], *, seed: int = 0, resamples: int = 1_000
+) -> Float[np.ndarray, "resamples columns"]:
+    """Means of bootstrap resamples of the units, each resample the same units in every column: for intervals of many
+    means of many units, and of what is computed from several of them.
+
+    Raises UsageError when there is nothing to average.
+    """
+    n = len(scores)
+    if not scores.size:
+        raise UsageError("no scores to average; give at least one unit")
+    generator, means = np.random.default_rng(seed), []
+    block = max(1, _BLOCK_DRAWS // n)
+    for start in range(0, resamples, block):
+        drawn = generator.integers(n, size=(min(block, resamples - start), n))
+        weights = np.stack([np.bincount(row, minlength=n) for row in drawn]).astype(scores.dtype)
+        means.append(weights @ scores / n)
+    return np.concatenate(means)
+
+
 def paired_difference(
     scores: Float[np.ndarray, "*axes"],
     baseline: Float[np.ndarray, "*base_axes"],
