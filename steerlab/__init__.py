@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from steerlab.errors import RunFailed, UsageError
     from steerlab.execute import execute as train
     from steerlab.execute import resume
+    from steerlab.interp.geometry import cosines_between, relative_dose
     from steerlab.interp.languages import languages
     from steerlab.interp.logit_lens import logit_lens
     from steerlab.interp.persistence import persistence
@@ -46,6 +47,7 @@ _HOMES = {
     "SteeringVectors": "steerlab.adapters:SteeringVectors",
     "Text": "steerlab.interp.texts:Text",
     "UsageError": "steerlab.errors:UsageError",
+    "cosines_between": "steerlab.interp.geometry:cosines_between",
     "evaluate": "steerlab.rollouts:evaluate",
     "languages": "steerlab.interp.languages:languages",
     "load_model": "steerlab.models:load",
@@ -53,6 +55,7 @@ _HOMES = {
     "logit_lens": "steerlab.interp.logit_lens:logit_lens",
     "make_task": "steerlab.tasks:make",
     "persistence": "steerlab.interp.persistence:persistence",
+    "relative_dose": "steerlab.interp.geometry:relative_dose",
     "residual_lens": "steerlab.interp.residual_lens:residual_lens",
     "resume": "steerlab.execute:resume",
     "rloo": "steerlab.recipes:rloo",
@@ -78,6 +81,7 @@ __all__ = [
     "SteeringVectors",
     "Text",
     "UsageError",
+    "cosines_between",
     "evaluate",
     "languages",
     "load_model",
@@ -85,6 +89,7 @@ __all__ = [
     "logit_lens",
     "make_task",
     "persistence",
+    "relative_dose",
     "residual_lens",
     "resume",
     "rloo",

@@ -332,6 +332,7 @@ COMMANDS: Mapping[str, Callable[..., int]] = {
     "tokens": readouts.tokens,
     "persistence": readouts.persistence,
     "languages": readouts.languages,
+    "geometry": readouts.geometry,
     "report": report,
     "models": models,
     "recipes": recipes,

@@ -6,7 +6,7 @@ what the steered model answers to held-out problems of its task). The work is `i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,12 +15,14 @@ import plotly.graph_objects as go
 
 from steerlab.adapters import SteeringVectors
 from steerlab.errors import UsageError
+from steerlab.interp import geometry as measuring
 from steerlab.interp import persistence as following
 from steerlab.interp import token_effects as effects
 from steerlab.interp.languages import languages as read_languages
 from steerlab.interp.residual_lens import residual_lens
 from steerlab.interp.texts import Text, contrasts, sampled
 from steerlab.models import LanguageModel
+from steerlab.plots import geometry as plot_geometry
 from steerlab.plots import languages as plot_languages
 from steerlab.plots import persistence as plot_persistence
 from steerlab.plots import residual_lens as plot_lens
@@ -119,3 +121,33 @@ def languages(
         figures["language_gaps"] = plot_languages.language_gaps(found.gaps)
     kept = {"vocabulary_classes": found.classes, "languages": found.table, "language_gaps": found.gaps}
     return Reading(kept, figures)
+
+
+def geometry(model: LanguageModel, vectors: SteeringVectors, texts: Sequence[Text], *, seed: int = 0) -> Reading:
+    """Lengths, angles, spectrum and stable rank of the vectors, and how long they are beside the stream on texts."""
+    norms, cosines = measuring.norms(vectors), measuring.cosine_matrix(vectors)
+    singular_values, dose = (
+        measuring.singular_values(vectors),
+        measuring.relative_dose(model, vectors, texts, seed=seed),
+    )
+    return Reading(
+        {
+            "norms": norms,
+            "cosines": cosines,
+            "singular_values": singular_values,
+            "stable_rank": measuring.stable_rank(vectors),
+            "relative_dose": dose,
+        },
+        {
+            "norms": plot_geometry.norms(norms),
+            "cosines": plot_geometry.cosines(cosines),
+            "singular_values": plot_geometry.singular_values(singular_values),
+            "relative_dose": plot_geometry.relative_dose(dose),
+        },
+    )
+
+
+def cosines_between(sets: Mapping[str, SteeringVectors], *, seed: int = 0) -> Reading:
+    """Whether sets of vectors (runs, seeds) point the same way at each layer, beside random directions."""
+    table = measuring.cosines_between(sets, seed=seed)
+    return Reading({"cosines_between": table}, {"cosines_between": plot_geometry.cosines_between(table)})

@@ -158,3 +158,31 @@ def languages(console: Console, gaps: pd.DataFrame, classes: pd.DataFrame) -> No
             f"{apart['value']:+.4f}",
         )
     console.print(shown)
+
+
+def geometry(console: Console, dose: pd.DataFrame, ranks: pd.DataFrame) -> None:
+    """Of each layer: length of its vector, of the stream, their ratio with its 95 % interval; then the stable rank."""
+    shown = Table(box=None, pad_edge=False, title="length of the vector, of the stream, and their ratio (dose)")
+    for name in ("site", "layer", "‖s‖", "mean ‖h‖", "dose", "95 % over texts"):
+        shown.add_column(name, justify="left" if name == "site" else "right", no_wrap=True)
+    for row in dose.to_dict("records"):
+        interval = f"{row['low']:.4f} to {row['high']:.4f}" if row["low"] == row["low"] else ""
+        sizes = (f"{row['norm']:.3g}", f"{row['stream']:.4g}", f"{row['value']:.4f}", interval)
+        shown.add_row(str(row["site"]), str(row["layer"]), *sizes)
+    console.print(shown)
+    for row in ranks.to_dict("records"):
+        told = f"stable rank of the {row['n_vectors']} {row['site']} vectors: {row['stable_rank']:.2f}"
+        console.print(told, highlight=False, soft_wrap=True)
+
+
+def cosines_between(console: Console, table: pd.DataFrame) -> None:
+    """Of each pair of runs: mean cosine over the layers, and at how many it lies above 95 % of random directions."""
+    shown = Table(box=None, pad_edge=False, title="cosine between vectors of the same layer")
+    for name in ("runs", "site", "layers", "mean", "lowest", "highest", "random, 95 %", "layers above"):
+        shown.add_column(name, justify="left" if name in ("runs", "site") else "right", no_wrap=name != "runs")
+    for (i, j, site), part in table.groupby(["run_i", "run_j", "site"], sort=False):
+        known, low, high = part["cosine"].dropna(), part["low_random"].min(), part["high_random"].max()
+        numbers = (f"{value:+.3f}" for value in (known.mean(), known.min(), known.max()))
+        above = str(int((part["cosine"] > part["high_random"]).sum()))
+        shown.add_row(Text(f"{i} · {j}"), str(site), str(len(known)), *numbers, f"{low:+.3f} to {high:+.3f}", above)
+    console.print(shown)

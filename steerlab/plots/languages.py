@@ -18,7 +18,10 @@ AXES = {
 
 def languages(df: pd.DataFrame, readout: str = "logprob") -> go.Figure:
     """Mean over the tokens of each class with its 95 % interval over tokens, a colour per group of source layers;
-    beside it the random directions, their mean and range over draws. Raises UsageError for an unknown readout or no rows."""
+    beside it the random directions, their mean and range over draws.
+
+    Raises UsageError for an unknown readout or no rows.
+    """
     tables.check(df, "languages")
     part = _of(df, readout)
     spans = _groups(part)
@@ -84,9 +87,8 @@ def language_gaps(df: pd.DataFrame) -> go.Figure:
             rows = single.loc[(single["readout"] == readout) & (single["condition"] == condition)]
             rows = rows.sort_values("from_layer")
             known = rows.dropna(subset=list(ends))
-            made.add_scatter(
-                **band(known["from_layer"], *(known[end] for end in ends), colour), mode="lines", row=1, col=column
-            )
+            low, high = (known[end] for end in ends)
+            made.add_scatter(**band(known["from_layer"], low, high, colour), mode="lines", row=1, col=column)
             made.add_scatter(
                 x=rows["from_layer"],
                 y=rows["value"],

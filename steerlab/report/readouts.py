@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
+from steerlab.plots import geometry as geometry_plots
 from steerlab.plots import languages as language_plots
 from steerlab.plots import persistence as persistence_plots
 from steerlab.plots import residual_lens as lens_plots
@@ -24,6 +25,8 @@ def reading_sections(run: Run) -> list[Section]:
         found.append(persistence_section(run.table("persistence")))
     if {"languages", "language_gaps"} <= names:
         found.append(languages_section(run.table("languages"), run.table("language_gaps")))
+    if "cosines_between" in names:
+        found.append(cosines_section(run.table("cosines_between")))
     return found
 
 
@@ -121,3 +124,16 @@ def _gap_told(gaps: pd.DataFrame, low: int, high: int) -> str:
         f"{random['high_draws']:+.4f} with {random['n_draws']} random directions: {'inside' if inside else 'outside'} "
         "their range."
     )
+
+
+def cosines_section(table: pd.DataFrame) -> Section:
+    """Whether runs found the same directions."""
+    known = table.dropna(subset=["cosine"])
+    above = int((known["cosine"] > known["high_random"]).sum())
+    runs = ", ".join(dict.fromkeys([*table["run_i"], *table["run_j"]]))
+    text = (
+        f"Vectors of the same layer in two runs ({runs}): at {above} of {len(known)} places their cosine lies above the "
+        f"middle 95 % of random directions (up to {table['high_random'].max():.3f})"
+    )
+    text += f"; mean cosine {known['cosine'].mean():+.3f}." if len(known) else "."
+    return Section("Cosines between runs", text, figures=(geometry_plots.cosines_between(table),))
