@@ -221,9 +221,7 @@ SCHEMAS: dict[str, tuple[Column, ...]] = {
     "relative_dose": (
         *_SITE,
         Column("norm", "float", "activation units", "Euclidean length of the vector"),
-        Column(
-            "stream", "float", "activation units", "mean length of what the block writes without it, first tokens aside"
-        ),
+        Column("stream", "float", "activation units", "mean length of what the block writes without it"),
         Column("value", "float", "share", "length of the vector over that of the stream, mean over texts"),
         Column("low", "float", "share", "lower end of the 95 % interval over texts; missing for one text"),
         Column("high", "float", "share", "upper end of the 95 % interval over texts"),

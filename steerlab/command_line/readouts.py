@@ -172,7 +172,7 @@ def geometry(
 ) -> int:
     """Show lengths, angles and dose of a run's vectors; of several runs, whether they point the same way.
 
-    The dose is a vector's length over that of the stream on texts. The cosines of several runs go to the first's folder.
+    The dose is a vector's length over that of the stream on texts. Several runs' cosines go to the first's folder.
     """
     from steerlab import readings
     from steerlab.command_line import show

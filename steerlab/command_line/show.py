@@ -179,10 +179,11 @@ def cosines_between(console: Console, table: pd.DataFrame) -> None:
     """Of each pair of runs: mean cosine over the layers, and at how many it lies above 95 % of random directions."""
     shown = Table(box=None, pad_edge=False, title="cosine between vectors of the same layer")
     for name in ("runs", "site", "layers", "mean", "lowest", "highest", "random, 95 %", "layers above"):
-        shown.add_column(name, justify="left" if name in ("runs", "site") else "right", no_wrap=name != "runs")
-    for (i, j, site), part in table.groupby(["run_i", "run_j", "site"], sort=False):
+        shown.add_column(name, justify="left" if name in ("runs", "site") else "right", no_wrap=True)
+    for key, part in table.groupby(["run_i", "run_j", "site"], sort=False):
+        i, j, site = (str(name) for name in key)  # type: ignore[union-attr]
         known, low, high = part["cosine"].dropna(), part["low_random"].min(), part["high_random"].max()
         numbers = (f"{value:+.3f}" for value in (known.mean(), known.min(), known.max()))
-        above = str(int((part["cosine"] > part["high_random"]).sum()))
-        shown.add_row(Text(f"{i} · {j}"), str(site), str(len(known)), *numbers, f"{low:+.3f} to {high:+.3f}", above)
+        above = str(part["cosine"].gt(part["high_random"]).tolist().count(True))
+        shown.add_row(Text(f"{i} · {j}"), site, str(len(known)), *numbers, f"{low:+.3f} to {high:+.3f}", above)
     console.print(shown)

@@ -222,20 +222,18 @@ def _gap_rows(
             tokens = (other.tokens - english.tokens)[:, r][:, :, at].mean(-1)
         if kind == "logprob" and other.texts is not None and english.texts is not None:
             texts = (other.texts - english.texts)[:, :, at].mean(-1)
-        for condition, weights in (("trained", (1, 0)), ("random", (0, 1)), ("trained − random", (1, -1))):
-            trained, random = weights
-            ends = {"low_draws": float("nan"), "high_draws": float("nan")}
-            if random:
-                spread = trained * gap[0] + random * gap[1:]
-                ends = {"low_draws": float(spread.min()), "high_draws": float(spread.max())}
-
-            def weighed(values: np.ndarray, trained: int = trained, random: int = random) -> np.ndarray:
-                return trained * values[..., 0] + random * values[..., 1:].mean(-1)
-
+        trained, mean = np.eye(len(gap))[0], np.array([0.0, *([1 / (len(gap) - 1)] * (len(gap) - 1))])
+        for condition, weights, spread in (
+            ("trained", trained, None),
+            ("random", mean, gap[1:]),
+            ("trained − random", trained - mean, gap[0] - gap[1:]),
+        ):
+            ends = (float("nan"),) * 2 if spread is None else (float(spread.min()), float(spread.max()))
             yield {
                 "condition": condition, "from_layer": span[0], "to_layer": span[-1], "readout": kind,
-                "value": float(weighed(gap)),
-                **_intervals(*(None if v is None else weighed(v) for v in (tokens, texts))), **ends,
+                "value": float(gap @ weights),
+                **_intervals(*(None if v is None else v @ weights for v in (tokens, texts))),
+                "low_draws": ends[0], "high_draws": ends[1],
                 "n_english": english.n, "n_other": other.n, "n_texts": n_texts, "n_draws": len(gap) - 1,
             }  # fmt: skip
 

@@ -129,11 +129,11 @@ def _gap_told(gaps: pd.DataFrame, low: int, high: int) -> str:
 def cosines_section(table: pd.DataFrame) -> Section:
     """Whether runs found the same directions."""
     known = table.dropna(subset=["cosine"])
-    above = int((known["cosine"] > known["high_random"]).sum())
+    above = known["cosine"].gt(known["high_random"]).tolist().count(True)
     runs = ", ".join(dict.fromkeys([*table["run_i"], *table["run_j"]]))
     text = (
-        f"Vectors of the same layer in two runs ({runs}): at {above} of {len(known)} places their cosine lies above the "
-        f"middle 95 % of random directions (up to {table['high_random'].max():.3f})"
+        f"Vectors of the same layer in two runs ({runs}): at {above} of {len(known)} places their cosine lies above "
+        f"the middle 95 % of random directions (up to {table['high_random'].max():.3f})"
     )
     text += f"; mean cosine {known['cosine'].mean():+.3f}." if len(known) else "."
     return Section("Cosines between runs", text, figures=(geometry_plots.cosines_between(table),))

@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
+import pandas as pd
 import pytest
 import torch
 
 from steerlab import tables
+from steerlab.runs import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -71,6 +73,40 @@ def test_harder_rungs(tiny_folder: Path, tmp_path: Path) -> None:
     module = script("bias_only/harder_rungs")
     table = module.main(module.Options(tmp_path / "study", scale="tiny", model=str(tiny_folder)))
     assert set(table["cell"]) == {"two_digits", "two_digits-random_reward"}
+
+
+@pytest.fixture
+def small_vectors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The folder of the small vectors, whose scripts share its bank, importable and with nothing of it left behind."""
+    folder = ROOT / "analyses" / "small_vectors"
+    monkeypatch.syspath_prepend(str(folder))
+    yield
+    for path in folder.glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+@pytest.mark.slow
+def test_languages_and_geometry(small_vectors: None, tiny_folder: Path, tmp_path: Path) -> None:
+    """Of one bank. The tiny vocabulary has no English words, so the verdict is tried on numbers made up."""
+    module = script("small_vectors/languages")
+    table = module.main(module.Options(tmp_path / "study", scale="tiny", model=str(tiny_folder)))
+    assert table.empty and list(table.columns) == module.COLUMNS
+    assert {"languages", "language_gaps"} <= set(Run.open(tmp_path / "study" / "languages-1").tables())
+    row = {"from_layer": 0, "to_layer": 2, "readout": "logprob", "n_english": 9, "n_other": 9}
+    gaps = [
+        row | {"condition": "trained", "value": -1.0, "low": -1.2, "high": -0.8},
+        row | {"condition": "random", "value": 0.0, "low_draws": -0.1, "high_draws": 0.1},
+    ]
+    last = [gap | {"from_layer": 3, "to_layer": 3} for gap in (gaps[0] | {"value": -0.1}, gaps[1])]
+    found = module.told(pd.DataFrame(gaps + last), 0, 3)
+    assert [(r["layers"], r["verdict"]) for r in found] == [("0-2", "supported"), ("3-3", "control")]
+    wide = [gaps[0], gaps[1] | {"low_draws": -1.5}]
+    assert module.told(pd.DataFrame(wide + last), 0, 3)[0]["verdict"] == "refuted"
+    module = script("small_vectors/geometry")
+    table = module.main(module.bank.Options(tmp_path / "study", scale="tiny", model=str(tiny_folder)))
+    assert table.groupby("trained")["layer"].agg(list).to_dict() == {"alone": [0, 1], "together": [0, 1, 2, 3]}
+    assert set(table["verdict"]) <= {"supported", "refuted"} and set(table["pairs"]) == {1}
+    assert "relative_dose" in Run.open(tmp_path / "study" / "geometry-alone").tables()
 
 
 def test_batch_invariance(benchmarks: Path, tiny_folder: Path, tmp_path: Path) -> None:
