@@ -143,7 +143,7 @@ def languages(console: Console, gaps: pd.DataFrame, classes: pd.DataFrame) -> No
         return
     title = "change of log-probability (nats), mean of other languages' tokens − mean of English ones"
     shown = Table(box=None, pad_edge=False, title=title)
-    for name in ("source layers", "trained", "95 % over tokens", "random", "range over draws", "trained − random"):
+    for name in ("layers", "trained", "95 % over tokens", "random", "range over draws", "difference"):
         shown.add_column(name, justify="right", no_wrap=True)
     part = gaps.loc[gaps["readout"] == "logprob"]
     for (low, high), rows in part.groupby(["from_layer", "to_layer"], sort=False):
@@ -178,12 +178,13 @@ def geometry(console: Console, dose: pd.DataFrame, ranks: pd.DataFrame) -> None:
 def cosines_between(console: Console, table: pd.DataFrame) -> None:
     """Of each pair of runs: mean cosine over the layers, and at how many it lies above 95 % of random directions."""
     shown = Table(box=None, pad_edge=False, title="cosine between vectors of the same layer")
-    for name in ("runs", "site", "layers", "mean", "lowest", "highest", "random, 95 %", "layers above"):
-        shown.add_column(name, justify="left" if name in ("runs", "site") else "right", no_wrap=True)
+    for name in ("runs", "mean", "lowest", "highest", "random 95 %", "above"):
+        shown.add_column(name, justify="left" if name == "runs" else "right", no_wrap=name != "runs")
+    several = len(set(table["site"])) > 1
     for key, part in table.groupby(["run_i", "run_j", "site"], sort=False):
         i, j, site = (str(name) for name in key)  # type: ignore[union-attr]
-        known, low, high = part["cosine"].dropna(), part["low_random"].min(), part["high_random"].max()
+        known, beyond = part["cosine"].dropna(), part["cosine"].gt(part["high_random"]).tolist().count(True)
         numbers = (f"{value:+.3f}" for value in (known.mean(), known.min(), known.max()))
-        above = str(part["cosine"].gt(part["high_random"]).tolist().count(True))
-        shown.add_row(Text(f"{i} · {j}"), site, str(len(known)), *numbers, f"{low:+.3f} to {high:+.3f}", above)
+        ends = (f"±{part['high_random'].max():.3f}", f"{beyond} of {len(known)}")
+        shown.add_row(Text(f"{i} · {j}" + (f", {site}" if several else "")), *numbers, *ends)
     console.print(shown)

@@ -134,9 +134,24 @@ def test_a_vector_made_of_a_class_raises_it_and_random_ones_do_not(
         assert gaps.loc["trained − random", "value"] == pytest.approx(
             gaps.loc["trained", "value"] - gaps.loc["random", "value"]
         )
-        assert abs(gaps.loc["random", "value"]) < 0.25 * gaps.loc["trained", "value"]
     down = languages(model, SteeringVectors({last: -han.sum(0)}), texts, classes=classes, draws=1)
     assert (pick(down.gaps, condition="trained")["high"] < 0).all()
+
+
+def test_random_directions_have_no_gap_on_average(
+    exact: Exact, vectors: Vectors, texts: list[Text], classes: pd.DataFrame, pick: Pick
+) -> None:
+    """At the last layer a direction and its opposite have opposite cosines, so the mean over directions is 0."""
+    model = exact()
+    found = languages(model, vectors(model, (3,)), texts, classes=classes, draws=24)
+    table = pick(found.table, condition="random", readout="cosine").set_index(["token_class", "draw"])
+    others = ["other_latin", "han", "thai"]
+    total = sum(table.loc[name, "value"] * table.loc[name, "n_tokens"] for name in others)
+    gaps = total / sum(table.loc[name, "n_tokens"] for name in others) - table.loc["english", "value"]
+    assert len(gaps) == 24 and abs(gaps.mean()) < 3 * gaps.std() / math.sqrt(24)
+    random = pick(found.gaps, condition="random", readout="cosine")
+    assert random["value"].item() == pytest.approx(gaps.mean(), abs=1e-6)
+    assert random["low_draws"].item() == pytest.approx(gaps.min(), abs=1e-6)
 
 
 def test_gaps_are_means_over_tokens_and_groups_over_layers(
