@@ -2,7 +2,8 @@
 
 Cosines between the vectors of every two seeds at the same layer, of vectors trained alone and of sets trained at all
 layers together. Supported at a layer if every pair of seeds lies above the middle 95 % of the cosines of random
-directions; refuted there if one does not (by chance one pair in forty lies above).
+directions; refuted there if one does not (by chance one pair in forty lies above). A seed whose vector is still zero
+has no direction and is in no pair.
 
     uv run python analyses/small_vectors/geometry.py --out runs/small_vectors
 """
@@ -28,7 +29,8 @@ def main(options: bank.Options) -> pd.DataFrame:
         }
         between, first = readings.cosines_between(sets), sets[f"seed {made.seeds[0]}"]
         texts = readings.own_texts(made.model, first, made.task, made.evaluation, problems)
-        run = Run.create(options.out / f"geometry-{way}", options, kind="analysis", status="done")
+        facts = {"model": options.model, "weights_sha256": made.model.weights_sha256}
+        run = Run.create(options.out / f"geometry-{way}", kind="analysis", status="done", **facts)
         for found in (between, readings.geometry(made.model, first, texts)):
             found.save(run)
         parts.append(told(between.tables["cosines_between"]).assign(trained=way))
@@ -47,7 +49,7 @@ def told(cosines: pd.DataFrame) -> pd.DataFrame:
         pairs=("cosine", "count"),
     )
     verdict = (table["lowest"] > table["random_high"]).map({True: "supported", False: "refuted"})
-    return table.assign(verdict=verdict).reset_index()
+    return table.assign(verdict=verdict.where(table["pairs"] > 0, "no direction")).reset_index()
 
 
 if __name__ == "__main__":

@@ -39,9 +39,14 @@ def main(options: Options) -> pd.DataFrame:
     problems, draws = (2, 1) if tiny else (options.problems, options.draws)
     rows = []
     for seed in made.seeds:
+        vectors = made.isolated(seed)
+        if not any(vectors.norms().values()):
+            print(f"seed {seed}: no step had a signal, so there are no vectors to read")
+            continue
         texts = readings.own_texts(made.model, made.vectors(None, seed), made.task, made.evaluation, problems, seed)
-        found = readings.languages(made.model, made.isolated(seed), texts, classes=classes, draws=draws, seed=seed)
-        run = Run.create(options.out / f"languages-{seed}", options, kind="analysis", status="done")
+        found = readings.languages(made.model, vectors, texts, classes=classes, draws=draws, seed=seed)
+        facts = {"model": options.model, "weights_sha256": made.model.weights_sha256}
+        run = Run.create(options.out / f"languages-{seed}", kind="analysis", status="done", **facts)
         found.save(run)
         rows += told(found.tables["language_gaps"], seed, made.model.n_layers - 1)
     table = pd.DataFrame(rows, columns=COLUMNS)

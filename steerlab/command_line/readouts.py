@@ -114,7 +114,7 @@ def persistence(
     out: Folder = "",
     allow_other_weights: OtherWeights = False,
 ) -> int:
-    """Follow the effect of each layer's vector through the layers above: how long does it live?"""
+    """Follow the effect of each layer's vector through the layers above, and see how long it lives."""
     from steerlab import readings
     from steerlab.command_line import show
     from steerlab.command_line.subjects import subject, texts_about
