@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from steerlab.interp.composition import composition
     from steerlab.interp.contrast import Contrast
     from steerlab.interp.directions import at_norms_of, directions
+    from steerlab.interp.geometry import cosines_between, relative_dose
+    from steerlab.interp.languages import languages
     from steerlab.interp.logit_lens import logit_lens
     from steerlab.interp.magnitudes import magnitudes
     from steerlab.interp.neutral import neutral
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from steerlab.interp.texts import Text
     from steerlab.interp.token_effects import token_effects
     from steerlab.interp.transfer import Donor, Recipient, transfer
+    from steerlab.interp.vocabulary import vocabulary_classes
     from steerlab.models import LanguageModel, Site
     from steerlab.models import load as load_model
     from steerlab.models.bridges import to_nnsight, to_transformer_lens
@@ -63,6 +66,8 @@ _HOMES = {
     "directions": "steerlab.interp.directions:directions",
     "evaluate": "steerlab.rollouts:evaluate",
     "fit_map": "steerlab.interp.residual_maps:fit_map",
+    "cosines_between": "steerlab.interp.geometry:cosines_between",
+    "languages": "steerlab.interp.languages:languages",
     "load_model": "steerlab.models:load",
     "load_vectors": "steerlab.adapters.formats:load",
     "logit_lens": "steerlab.interp.logit_lens:logit_lens",
@@ -70,6 +75,7 @@ _HOMES = {
     "make_task": "steerlab.tasks:make",
     "neutral": "steerlab.interp.neutral:neutral",
     "persistence": "steerlab.interp.persistence:persistence",
+    "relative_dose": "steerlab.interp.geometry:relative_dose",
     "residual_lens": "steerlab.interp.residual_lens:residual_lens",
     "resume": "steerlab.execute:resume",
     "rloo": "steerlab.recipes:rloo",
@@ -81,6 +87,7 @@ _HOMES = {
     "token_effects": "steerlab.interp.token_effects:token_effects",
     "train": "steerlab.execute:execute",
     "transfer": "steerlab.interp.transfer:transfer",
+    "vocabulary_classes": "steerlab.interp.vocabulary:vocabulary_classes",
 }
 
 __all__ = [
@@ -105,9 +112,11 @@ __all__ = [
     "at_equal_kl",
     "at_norms_of",
     "composition",
+    "cosines_between",
     "directions",
     "evaluate",
     "fit_map",
+    "languages",
     "load_model",
     "load_vectors",
     "logit_lens",
@@ -115,6 +124,7 @@ __all__ = [
     "make_task",
     "neutral",
     "persistence",
+    "relative_dose",
     "residual_lens",
     "resume",
     "rloo",
@@ -126,6 +136,7 @@ __all__ = [
     "token_effects",
     "train",
     "transfer",
+    "vocabulary_classes",
 ]
 
 

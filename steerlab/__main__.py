@@ -337,6 +337,8 @@ COMMANDS: Mapping[str, Callable[..., int]] = {
     "directions": comparisons.directions,
     "magnitudes": comparisons.magnitudes,
     "side-effects": comparisons.side_effects,
+    "languages": readouts.languages,
+    "geometry": readouts.geometry,
     "report": report,
     "models": models,
     "recipes": recipes,

@@ -19,12 +19,14 @@ from steerlab.interp import adaptive as interp_adaptive
 from steerlab.interp import at_equal_kl as equal
 from steerlab.interp import composition as combining
 from steerlab.interp import directions as contrasting
+from steerlab.interp import geometry as measuring
 from steerlab.interp import magnitudes as scaling
 from steerlab.interp import persistence as following
 from steerlab.interp import side_effects as beside_the_task
 from steerlab.interp import token_effects as effects
 from steerlab.interp import transfer as moving
 from steerlab.interp.contrast import Contrast, Position
+from steerlab.interp.languages import languages as read_languages
 from steerlab.interp.neutral import Neutral
 from steerlab.interp.residual_lens import residual_lens
 from steerlab.interp.substitution import raised_first
@@ -35,6 +37,8 @@ from steerlab.plots import adaptive as plot_adaptive
 from steerlab.plots import at_equal_kl as plot_equal
 from steerlab.plots import composition as plot_composition
 from steerlab.plots import directions as plot_directions
+from steerlab.plots import geometry as plot_geometry
+from steerlab.plots import languages as plot_languages
 from steerlab.plots import magnitudes as plot_magnitudes
 from steerlab.plots import persistence as plot_persistence
 from steerlab.plots import residual_lens as plot_lens
@@ -262,3 +266,52 @@ def at_equal_kl(
     """The score of every set where it is as far from the base as the others on neutral text."""
     table = equal.at_equal_kl(model, sets, neutral, task, evaluation, targets_nats=targets_nats, done=done).table
     return Reading({"at_equal_kl": table}, {"at_equal_kl": plot_equal.at_equal_kl(table)})
+
+
+def languages(
+    model: LanguageModel,
+    vectors: SteeringVectors,
+    texts: Sequence[Text],
+    *,
+    classes: pd.DataFrame | None = None,
+    draws: int = 4,
+    seed: int = 0,
+) -> Reading:
+    """What each layer's vector does to tokens of other languages, beside random directions of equal length. classes:
+    as in `interp.languages`. The figure of gaps is absent where the vocabulary has no English, or nothing else."""
+    found = read_languages(model, vectors, texts, classes=classes, draws=draws, seed=seed)
+    figures = {f"languages_{name}": plot_languages.languages(found.table, name) for name in ("cosine", "logprob")}
+    if len(found.gaps):
+        figures["language_gaps"] = plot_languages.language_gaps(found.gaps)
+    kept = {"vocabulary_classes": found.classes, "languages": found.table, "language_gaps": found.gaps}
+    return Reading(kept, figures)
+
+
+def geometry(model: LanguageModel, vectors: SteeringVectors, texts: Sequence[Text], *, seed: int = 0) -> Reading:
+    """Lengths, angles, spectrum and stable rank of the vectors, and how long they are beside the stream on texts."""
+    norms, cosines = measuring.norms(vectors), measuring.cosine_matrix(vectors)
+    singular_values, dose = (
+        measuring.singular_values(vectors),
+        measuring.relative_dose(model, vectors, texts, seed=seed),
+    )
+    return Reading(
+        {
+            "norms": norms,
+            "cosines": cosines,
+            "singular_values": singular_values,
+            "stable_rank": measuring.stable_rank(vectors),
+            "relative_dose": dose,
+        },
+        {
+            "norms": plot_geometry.norms(norms),
+            "cosines": plot_geometry.cosines(cosines),
+            "singular_values": plot_geometry.singular_values(singular_values),
+            "relative_dose": plot_geometry.relative_dose(dose),
+        },
+    )
+
+
+def cosines_between(sets: Mapping[str, SteeringVectors], *, seed: int = 0) -> Reading:
+    """Whether sets of vectors (runs, seeds) point the same way at each layer, beside random directions."""
+    table = measuring.cosines_between(sets, seed=seed)
+    return Reading({"cosines_between": table}, {"cosines_between": plot_geometry.cosines_between(table)})

@@ -568,3 +568,31 @@ def outcome(folder: Path) -> dict[str, object]:
         "checkpoint": (step, tensors_sha256(tensors), state["reward_ema"], counted),
         **{name: (folder / "tables" / f"{name}.parquet").read_bytes() for name in run.tables()},
     }
+
+
+def test_languages_are_read_into_the_run_and_its_report(sl: Sl, steered: Path) -> None:
+    said = sl("languages", steered, "--problems", "2", "--layers", "1", "3", "--draws", "1")
+    assert said.code == 0 and "no gap: the vocabulary has no English tokens" in said.out  # one token per byte
+    run = Run.open(steered)
+    assert {"vocabulary_classes", "languages", "language_gaps"} <= set(run.tables())
+    assert set(run.table("languages")["from_layer"]) == {1, 3}
+    assert "<h2>Languages" in (steered / "report.html").read_text()
+    refused(sl("languages", steered, "--draws", "0"), "at least 1 random direction")
+
+
+def test_geometry_of_one_run_has_its_dose_and_of_several_their_cosines(sl: Sl, steered: Path, tmp_path: Path) -> None:
+    said = sl("geometry", steered, "--problems", "2")
+    assert said.code == 0 and "stable rank of the 4 resid_post vectors" in said.out
+    run = Run.open(steered)
+    assert {"norms", "cosines", "singular_values", "stable_rank", "relative_dose"} <= set(run.tables())
+    assert "Beside what its block writes on 2 texts" in (steered / "report.html").read_text()
+    other = Path(shutil.copytree(steered, tmp_path / "other"))
+    said = sl("geometry", steered, other)
+    assert said.code == 0 and "steered · other" in said.out
+    table = Run.open(steered).table("cosines_between")
+    assert table["cosine"].tolist() == pytest.approx([1] * 4) and set(table["run_j"]) == {"other"}
+    assert "<h2>Cosines between runs" in (steered / "report.html").read_text()
+    refused(sl("geometry"), "nothing to measure")
+    refused(sl("geometry", steered, steered), "named twice")
+    refused(sl("geometry", steered, other, "--prompt", "x"), "one run")
+    refused(sl("geometry", steered, tmp_path), "manifest.json")

@@ -124,7 +124,7 @@ def persistence(
     out: Folder = "",
     allow_other_weights: OtherWeights = False,
 ) -> int:
-    """Follow the effect of each layer's vector through the layers above: how long does it live?"""
+    """Follow the effect of each layer's vector through the layers above, and see how long it lives."""
     from steerlab import readings
     from steerlab.command_line import show
     from steerlab.command_line.subjects import subject, texts_about
@@ -185,3 +185,83 @@ def keep(found: Reading, run: Run) -> int:
     for path in written:
         tell(f"wrote {path}")
     return 0
+
+
+def languages(
+    run: RunOrVectors,
+    draws: Annotated[int, tyro.conf.arg(help="Random directions beside each vector.")] = 4,
+    task: Annotated[str, say("task_of")] = "",
+    problems: Problems = 4,
+    prompt: Prompts = (),
+    layers: Annotated[tuple[int, ...] | None, say("layers_read")] = None,
+    seed: Annotated[int, say("seed")] = 0,
+    model: Annotated[str, say("model_of")] = "",
+    dtype: Exactly = "fp32",
+    out: Folder = "",
+    allow_other_weights: OtherWeights = False,
+) -> int:
+    """Show what each layer's vector does to tokens of other languages and scripts, beside random directions."""
+    from steerlab import readings
+    from steerlab.command_line import show
+    from steerlab.command_line.subjects import subject, texts_about
+
+    about = subject(run, model, dtype, allow_other_weights)
+    folder = place(about, out)
+    texts = texts_about(about, prompt, task, problems, seed)
+    vectors = about.vectors if layers is None else about.vectors.select(layers)
+    found = readings.languages(about.model, vectors, texts, draws=draws, seed=seed)
+    show.languages(console(), found.tables["language_gaps"], found.tables["languages"])
+    return keep(found, folder)
+
+
+def geometry(
+    runs: Annotated[
+        tuple[str, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(help="A run or a file of vectors; several to compare their directions.", metavar="RUN [RUN …]"),
+    ] = (),
+    task: Annotated[str, say("task_of")] = "",
+    problems: Problems = 8,
+    prompt: Prompts = (),
+    seed: Annotated[int, say("seed")] = 0,
+    model: Annotated[str, say("model_of")] = "",
+    dtype: Exactly = "fp32",
+    out: Folder = "",
+    allow_other_weights: OtherWeights = False,
+) -> int:
+    """Show lengths, angles and dose of a run's vectors; of several runs, whether they point the same way.
+
+    The dose is a vector's length over that of the stream on texts. Several runs' cosines go to the first's folder.
+    """
+    from steerlab import readings
+    from steerlab.command_line import show
+    from steerlab.command_line.subjects import subject, texts_about, vectors_of
+
+    if not runs:
+        raise UsageError("nothing to measure; give a run folder or a file of vectors, or several")
+    names = names_of(runs)
+    about = subject(runs[0], model, dtype, allow_other_weights)
+    folder = place(about, out)
+    if len(runs) == 1:
+        texts = texts_about(about, prompt, task, problems, seed)
+        found = readings.geometry(about.model, about.vectors, texts, seed=seed)
+        show.geometry(console(), found.tables["relative_dose"], found.tables["stable_rank"])
+        return keep(found, folder)
+    if task or prompt:
+        raise UsageError("--task and --prompt are for the dose of one run's vectors; name one run, or leave them out")
+    others = [vectors_of(run, about.model, allow_other_weights) for run in runs[1:]]
+    found = readings.cosines_between(dict(zip(names, (about.vectors, *others), strict=True)), seed=seed)
+    show.cosines_between(console(), found.tables["cosines_between"])
+    return keep(found, folder)
+
+
+def names_of(runs: Sequence[str]) -> tuple[str, ...]:
+    """What runs are called beside each other: their folders' names, or where two are the same their whole paths.
+
+    Raises UsageError for a run that is named twice.
+    """
+    short = [Path(run).resolve().name for run in runs]
+    names = short if len(set(short)) == len(runs) else [str(Path(run)) for run in runs]
+    if len({Path(run).resolve() for run in runs}) < len(runs):
+        raise UsageError("a run is named twice, and points where it points; name different ones")
+    return tuple(names)

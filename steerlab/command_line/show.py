@@ -309,3 +309,61 @@ def _grid(
         name = f"{at:g}" if index == "scale" else words(str(at))
         shown.add_row(name, *(cells.get((at, condition), "") for condition in conditions))
     console.print(shown)
+
+
+def languages(console: Console, gaps: pd.DataFrame, classes: pd.DataFrame) -> None:
+    """Change of log-probability, non-English minus English, by source layers: trained, random, their difference."""
+    sizes = classes.drop_duplicates("token_class").set_index("token_class")["n_tokens"]
+    counted = ", ".join(f"{words(str(name))} {size}" for name, size in sizes.items())
+    console.print(f"tokens: {counted}", highlight=False, soft_wrap=True)
+    if gaps.empty:
+        told = "no gap: the vocabulary has no English tokens, or none of another language"
+        console.print(told, highlight=False, soft_wrap=True)
+        return
+    title = "change of log-probability (nats), mean of other languages' tokens − mean of English ones"
+    shown = Table(box=None, pad_edge=False, title=title)
+    for name in ("layers", "trained", "95 % over tokens", "random", "range over draws", "difference"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    part = gaps.loc[gaps["readout"] == "logprob"]
+    for (low, high), rows in part.groupby(["from_layer", "to_layer"], sort=False):
+        of = {str(row["condition"]): row for row in rows.to_dict("records")}
+        trained, random, apart = (of[name] for name in ("trained", "random", "trained − random"))
+        shown.add_row(
+            str(low) if low == high else f"{low}–{high}",
+            f"{trained['value']:+.4f}",
+            f"{trained['low']:+.4f} to {trained['high']:+.4f}",
+            f"{random['value']:+.4f}",
+            f"{random['low_draws']:+.4f} to {random['high_draws']:+.4f}",
+            f"{apart['value']:+.4f}",
+        )
+    console.print(shown)
+
+
+def geometry(console: Console, dose: pd.DataFrame, ranks: pd.DataFrame) -> None:
+    """Of each layer: length of its vector, of the stream, their ratio with its 95 % interval; then the stable rank."""
+    shown = Table(box=None, pad_edge=False, title="length of the vector, of the stream, and their ratio (dose)")
+    for name in ("site", "layer", "‖s‖", "mean ‖h‖", "dose", "95 % over texts"):
+        shown.add_column(name, justify="left" if name == "site" else "right", no_wrap=True)
+    for row in dose.to_dict("records"):
+        interval = f"{row['low']:.4f} to {row['high']:.4f}" if row["low"] == row["low"] else ""
+        sizes = (f"{row['norm']:.3g}", f"{row['stream']:.4g}", f"{row['value']:.4f}", interval)
+        shown.add_row(str(row["site"]), str(row["layer"]), *sizes)
+    console.print(shown)
+    for row in ranks.to_dict("records"):
+        told = f"stable rank of the {row['n_vectors']} {row['site']} vectors: {row['stable_rank']:.2f}"
+        console.print(told, highlight=False, soft_wrap=True)
+
+
+def cosines_between(console: Console, table: pd.DataFrame) -> None:
+    """Of each pair of runs: mean cosine over the layers, and at how many it lies above 95 % of random directions."""
+    shown = Table(box=None, pad_edge=False, title="cosine between vectors of the same layer")
+    for name in ("runs", "mean", "lowest", "highest", "random 95 %", "above"):
+        shown.add_column(name, justify="left" if name == "runs" else "right", no_wrap=name != "runs")
+    several = len(set(table["site"])) > 1
+    for key, part in table.groupby(["run_i", "run_j", "site"], sort=False):
+        i, j, site = (str(name) for name in key)  # type: ignore[union-attr]
+        known, beyond = part["cosine"].dropna(), part["cosine"].gt(part["high_random"]).tolist().count(True)
+        numbers = (f"{value:+.3f}" for value in (known.mean(), known.min(), known.max()))
+        ends = (f"±{part['high_random'].max():.3f}", f"{beyond} of {len(known)}")
+        shown.add_row(Text(f"{i} · {j}" + (f", {site}" if several else "")), *numbers, *ends)
+    console.print(shown)

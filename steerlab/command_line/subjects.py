@@ -67,6 +67,15 @@ def subject(target: str, model: str = "", dtype: str = "auto", allow_other_weigh
     return Subject(handle, formats.load_adapter(saved, handle, allow_other_weights), run)
 
 
+def vectors_of(target: str, model: LanguageModel, allow_other_weights: bool = False) -> SteeringVectors:
+    """The vectors of a run folder or a file, to be read beside others of `model`. Raises UsageError if it has none."""
+    path = Path(target)
+    saved = path if path.suffix in formats.FORMATS or formats.is_peft(path) else adapter_path(Run.open(path))
+    if saved is None:
+        raise UsageError(f"{path} has no vectors yet; finish it with: steerlab resume {path}")
+    return Subject(model, formats.load_adapter(saved, model, allow_other_weights), None).vectors
+
+
 def _load(name: str, dtype: str) -> LanguageModel:
     names = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
     return load(name, dtype=names[dtype]) if dtype in names else load(name, dtype=dtype)  # type: ignore[arg-type]

@@ -54,7 +54,7 @@ def persistence(
     Zero vectors, which change nothing, are left out and listed in `table.attrs["zero"]`. Raises UsageError for vectors
     at other sites, for no vector that is not zero, or a layer without texts.
     """
-    sources = _sources(model, vectors)
+    sources = sources_of(model, vectors)
     own = texts if isinstance(texts, Mapping) else dict.fromkeys(sources, texts)
     if missing := sorted(set(sources) - set(own)):
         raise UsageError(f"no texts for the vectors of layers {missing}; give some, or the same texts for all")
@@ -86,12 +86,13 @@ def persistence(
     return Persistence(table, {source: total / counts[source] for source, total in totals.items()})
 
 
-def _sources(model: LanguageModel, vectors: SteeringVectors) -> tuple[int, ...]:
+def sources_of(model: LanguageModel, vectors: SteeringVectors) -> tuple[int, ...]:
+    """Layers whose vectors can be followed. Raises UsageError for vectors at other sites, or none that is not zero."""
     vectors.check(model)
     other = [str(site) for site in vectors.sites if site.kind != "resid_post"]
     if other:
         raise UsageError(
-            f"persistence follows resid_post vectors, and {', '.join(other)} is not one; select the others"
+            f"what is followed are resid_post vectors, and {', '.join(other)} is not one; select the others"
         )
     sources = tuple(site.layer for site, vector in vectors.vectors.items() if vector.any())
     if not sources:

@@ -1,4 +1,4 @@
-"""Figures of `interp.geometry`: norms per layer, cosines between layers, singular values."""
+"""Figures of `interp.geometry`: norms and doses per layer, cosines between layers and between runs, singular values."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from steerlab import tables
-from steerlab.plots.house import COLOURBAR, COLOURS, DIVERGING, figure, label
+from steerlab.errors import UsageError
+from steerlab.plots.house import COLOURBAR, COLOURS, DIVERGING, MUTED, band, figure, label
 
 
 def norms(df: pd.DataFrame) -> go.Figure:
@@ -78,6 +79,60 @@ def singular_values(df: pd.DataFrame) -> go.Figure:
     made.update_layout(showlegend=len(set(df["site"])) > 1)
     made.update_xaxes(title_text="index of the singular value")
     return made.update_yaxes(title_text="σ (activation units)", rangemode="tozero")
+
+
+def cosines_between(df: pd.DataFrame) -> go.Figure:
+    """Line per pair of runs and site kind over the layers, beside the range of random directions; from a
+    `cosines_between` table. Gaps: a zero vector. Raises UsageError for an empty table."""
+    tables.check(df, "cosines_between")
+    if df.empty:
+        raise UsageError("the table is empty; compare at least two runs")
+    made = figure("Cosine between two runs' vectors of the same layer", height=390)
+    several = len(set(df["site"])) > 1
+    for site, part in df.groupby("site", sort=True, observed=True):
+        null = part.drop_duplicates("layer").sort_values("layer")
+        made.add_scatter(
+            **band(null["layer"], null["low_random"], null["high_random"], MUTED)
+            | {"showlegend": True, "name": "95 % of random directions" + (f", {label(str(site))}" if several else "")},
+            mode="lines",
+        )
+    for index, (key, part) in enumerate(df.groupby(["run_i", "run_j", "site"], sort=False, observed=True)):
+        i, j, site = (label(str(name), limit=24) for name in key)  # type: ignore[union-attr]
+        rows, name = part.sort_values("layer"), f"{i} · {j}" + (f", {site}" if several else "")
+        made.add_scatter(
+            x=rows["layer"],
+            y=rows["cosine"],
+            name=name,
+            mode="lines+markers",
+            marker={"color": COLOURS[index % len(COLOURS)], "size": 5},
+            hovertemplate="layer %{x}<br>cosine %{y:.3f}<extra>" + name + "</extra>",
+        )
+    made.add_hline(y=0, line={"color": MUTED, "width": 1, "dash": "dot"})
+    made.update_layout(showlegend=True, legend={"y": -0.22, "yanchor": "top"})
+    made.update_xaxes(title_text="layer (0-based block)", nticks=16)
+    return made.update_yaxes(title_text="cosine", range=[min(-0.3, df["cosine"].min() - 0.05), 1.03])
+
+
+def relative_dose(df: pd.DataFrame) -> go.Figure:
+    """Line per site kind over the layers with the 95 % interval over texts; from a `relative_dose` table."""
+    tables.check(df, "relative_dose")
+    made = figure("Length of the vector over that of the stream it is added to", height=320)
+    for index, (site, part) in enumerate(df.groupby("site", sort=True, observed=True)):
+        rows, colour = part.sort_values("layer"), COLOURS[index % len(COLOURS)]
+        known = rows.dropna(subset=["low", "high"])
+        made.add_scatter(**band(known["layer"], known["low"], known["high"], colour), mode="lines")
+        made.add_scatter(
+            x=rows["layer"],
+            y=rows["value"],
+            name=label(str(site)),
+            mode="lines+markers",
+            marker={"color": colour, "size": 5},
+            customdata=rows[["norm", "stream"]],
+            hovertemplate="layer %{x}<br>%{y:.4g} = %{customdata[0]:.4g} / %{customdata[1]:.4g}<extra></extra>",
+        )
+    made.update_layout(showlegend=len(set(df["site"])) > 1)
+    made.update_xaxes(title_text="layer (0-based block)", nticks=16)
+    return made.update_yaxes(title_text="‖s‖ / mean ‖h‖ (share)", rangemode="tozero")
 
 
 def _places(df: pd.DataFrame, axis: str, *, several: bool) -> list[str]:

@@ -7,6 +7,8 @@ import pandas as pd
 
 from steerlab.plots import adaptive as adaptive_plots
 from steerlab.plots import composition as composition_plots
+from steerlab.plots import geometry as geometry_plots
+from steerlab.plots import languages as language_plots
 from steerlab.plots import persistence as persistence_plots
 from steerlab.plots import residual_lens as lens_plots
 from steerlab.plots import substitution as substitution_plots
@@ -28,6 +30,10 @@ def reading_sections(run: Run) -> list[Section]:
         found.append(substitution_section(run.table("substitution")))
     if "persistence" in names:
         found.append(persistence_section(run.table("persistence")))
+    if {"languages", "language_gaps"} <= names:
+        found.append(languages_section(run.table("languages"), run.table("language_gaps")))
+    if "cosines_between" in names:
+        found.append(cosines_section(run.table("cosines_between")))
     if {"adaptive", "adaptive_shares"} <= names:
         found.append(adaptive_section(run.table("adaptive"), run.table("adaptive_shares")))
     if {"composition", "composition_sets"} <= names:
@@ -201,3 +207,51 @@ def transfer_section(table: pd.DataFrame, maps: pd.DataFrame | None) -> Section:
         figures=tuple(transfer_plots.transfer(table, name) for name in quantities),
         folded=(("All cells", Table(header, rows, frozenset({3, 4, 5}))),),
     )
+
+
+def languages_section(table: pd.DataFrame, gaps: pd.DataFrame) -> Section:
+    """What the vectors do to tokens of other languages: the widest average below the last layer, and the last layer."""
+    text = (
+        "Every token of the vocabulary is in one class by script and word frequency; each layer's vector is added "
+        "alone. Intervals over tokens say how well a mean is known; whether it is special is for the random directions "
+        "of equal length to say. "
+    )
+    figures = (language_plots.languages(table, "logprob"), language_plots.languages(table, "cosine"))
+    if gaps.empty:
+        return Section(
+            "Languages", text + "The vocabulary has no English tokens, or none of another language.", figures=figures
+        )
+    part = gaps.loc[gaps["readout"] == "logprob"]
+    widest = part.assign(width=part["to_layer"] - part["from_layer"]).sort_values("width", kind="stable").iloc[-1]
+    last = part["to_layer"].max()
+    spans = dict.fromkeys([(widest["from_layer"], widest["to_layer"]), (last, last)])
+    text += " ".join(_gap_told(part, int(low), int(high)) for low, high in spans)
+    return Section("Languages", text, figures=(language_plots.language_gaps(gaps), *figures))
+
+
+def _gap_told(gaps: pd.DataFrame, low: int, high: int) -> str:
+    """The gap of one group of source layers in words."""
+    rows = gaps.loc[(gaps["from_layer"] == low) & (gaps["to_layer"] == high)].set_index("condition")
+    trained, random = rows.loc["trained"], rows.loc["random"]
+    where = f"layer {low}" if low == high else f"layers {low}–{high} (mean)"
+    inside = random["low_draws"] <= trained["value"] <= random["high_draws"]
+    return (
+        f"The log-probability of the {trained['n_other']} tokens of other languages changes by {trained['value']:+.4f} "
+        f"nats more than that of the {trained['n_english']} English ones with the vectors of {where} (95 % interval "
+        f"over tokens {trained['low']:+.4f} to {trained['high']:+.4f}), and by {random['low_draws']:+.4f} to "
+        f"{random['high_draws']:+.4f} with {random['n_draws']} random directions: {'inside' if inside else 'outside'} "
+        "their range."
+    )
+
+
+def cosines_section(table: pd.DataFrame) -> Section:
+    """Whether runs found the same directions."""
+    known = table.dropna(subset=["cosine"])
+    above = known["cosine"].gt(known["high_random"]).tolist().count(True)
+    runs = ", ".join(dict.fromkeys([*table["run_i"], *table["run_j"]]))
+    text = (
+        f"Vectors of the same layer in two runs ({runs}): at {above} of {len(known)} places their cosine lies above "
+        f"the middle 95 % of random directions (up to {table['high_random'].max():.3f})"
+    )
+    text += f"; mean cosine {known['cosine'].mean():+.3f}." if len(known) else "."
+    return Section("Cosines between runs", text, figures=(geometry_plots.cosines_between(table),))

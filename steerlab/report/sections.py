@@ -48,7 +48,8 @@ def from_run(run: Run) -> str:
     if "logit_lens" in names:
         report.add(lens_section(run.table("logit_lens")))
     if norms is not None:
-        report.add(geometry_section(norms, cosines))
+        dose = run.table("relative_dose") if "relative_dose" in names else None
+        report.add(geometry_section(norms, cosines, dose))
     for section in (*reading_sections(run), *comparison_sections(run)):
         report.add(section)
     report.add(cost(run, metrics))
@@ -172,11 +173,19 @@ def lens_section(lens: pd.DataFrame) -> Section:
     return Section("Logit lens of the vectors", text, figures=(figure,), folded=tuple(folded), note=note)
 
 
-def geometry_section(norms: pd.DataFrame, cosines: pd.DataFrame | None) -> Section:
-    """Lengths, angles and the stable rank."""
+def geometry_section(norms: pd.DataFrame, cosines: pd.DataFrame | None, dose: pd.DataFrame | None = None) -> Section:
+    """Lengths, angles and the stable rank; lengths beside the stream's, where that was read."""
     largest = norms.loc[norms["norm"].idxmax()]
     text = f"The longest vector is at {largest['site']}.{largest['layer']} (‖s‖ = {largest['norm']:.3g})."
     figures = [geometry_plots.norms(norms)]
+    if dose is not None:
+        most, least = (dose.loc[dose["value"] == end].iloc[0] for end in (dose["value"].max(), dose["value"].min()))
+        text += (
+            f" Beside what its block writes on {most['n_texts']} texts (mean length over tokens, a text's first aside) "
+            f"a vector is at most {most['value']:.2%} long, at layer {most['layer']}, and at least "
+            f"{least['value']:.2%}, at layer {least['layer']}."
+        )
+        figures.append(geometry_plots.relative_dose(dose))
     tables: tuple[Table, ...] = ()
     if cosines is not None:
         between = cosines.loc[(cosines["layer_i"] < cosines["layer_j"]) & (cosines["site_i"] == cosines["site_j"])]

@@ -98,6 +98,26 @@ def bootstrap_interval(
     return Interval(value, float(low), float(high))
 
 
+def resampled_means(
+    scores: Float[np.ndarray, "units columns"], *, seed: int = 0, resamples: int = 1_000
+) -> Float[np.ndarray, "resamples columns"]:
+    """Means of bootstrap resamples of the units, each resample the same units in every column: for intervals of many
+    means of many units, and of what is computed from several of them.
+
+    Raises UsageError when there is nothing to average.
+    """
+    n = len(scores)
+    if not scores.size:
+        raise UsageError("no scores to average; give at least one unit")
+    generator, means = np.random.default_rng(seed), []
+    block = max(1, _BLOCK_DRAWS // n)
+    for start in range(0, resamples, block):
+        drawn = generator.integers(n, size=(min(block, resamples - start), n))
+        weights = np.stack([np.bincount(row, minlength=n) for row in drawn]).astype(scores.dtype)
+        means.append(weights @ scores / n)
+    return np.concatenate(means)
+
+
 def paired_difference(
     scores: Float[np.ndarray, "*axes"],
     baseline: Float[np.ndarray, "*base_axes"],
@@ -134,7 +154,7 @@ class Share:
     why: str = ""
 
 
-def resampled_means(
+def crossed_means(
     scores: Float[np.ndarray, "condition seeds problems"], *, seed: int = 0, resamples: int = 2_000
 ) -> Float[np.ndarray, "resample condition"]:
     """Means of several conditions under the same resamples of problems and of seeds (crossed), for intervals of what is
@@ -165,7 +185,7 @@ def share_of_gain(
     if {len(grid) for grid in grids} - {1, n_seeds}:
         raise UsageError("scores of unequally many seeds cannot be compared; give equally many of each, or one")
     stacked = np.stack([np.broadcast_to(grid, (n_seeds, grid.shape[1])) for grid in grids])
-    means, draws = stacked.mean(axis=(1, 2)), resampled_means(stacked, seed=seed, resamples=resamples)
+    means, draws = stacked.mean(axis=(1, 2)), crossed_means(stacked, seed=seed, resamples=resamples)
     best = int(means[2:].argmax())
     room = paired_difference(grids[1], grids[2 + best], seed=seed, level=level, resamples=resamples)
     if room.low <= 0:

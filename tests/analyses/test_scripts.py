@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
@@ -150,6 +151,31 @@ def test_directions(small_vectors: dict[str, Any]) -> None:
     assert {"comparison", "directions", "magnitudes", "at_equal_kl"} == set(run.tables())
     for name in ("directions", "magnitudes", "at_equal_kl"):
         tables.check(run.table(name), name)
+
+
+@pytest.mark.slow
+def test_languages_and_geometry(small_vectors: dict[str, Any]) -> None:
+    """Of one bank. The tiny vocabulary has no English words, so the verdict is tried on numbers made up."""
+    module = script("small_vectors/languages")
+    table = module.main(module.Options(**small_vectors))
+    assert table.empty and list(table.columns) == module.COLUMNS
+    assert {"languages", "language_gaps"} <= set(Run.open(small_vectors["out"] / "languages-0").tables())
+    row = {"from_layer": 0, "to_layer": 2, "readout": "logprob", "n_english": 9, "n_other": 9}
+    gaps = [
+        row | {"condition": "trained", "value": -1.0, "low": -1.2, "high": -0.8},
+        row | {"condition": "random", "value": 0.0, "low_draws": -0.1, "high_draws": 0.1},
+    ]
+    last = [gap | {"from_layer": 3, "to_layer": 3} for gap in (gaps[0] | {"value": -0.1}, gaps[1])]
+    found = module.told(pd.DataFrame(gaps + last), 0, 3)
+    assert [(r["layers"], r["verdict"]) for r in found] == [("0-2", "supported"), ("3-3", "control")]
+    wide = [gaps[0], gaps[1] | {"low_draws": -1.5}]
+    assert module.told(pd.DataFrame(wide + last), 0, 3)[0]["verdict"] == "refuted"
+    module = script("small_vectors/geometry")
+    table = module.main(module.bank.Options(**small_vectors))
+    assert table.groupby("trained")["layer"].agg(list).to_dict() == {"alone": [0, 1], "together": [0, 1, 2, 3]}
+    assert set(table["verdict"]) <= {"supported", "refuted", "no direction"} and set(table["pairs"]) <= {0, 1}
+    assert ((table["pairs"] == 0) == (table["verdict"] == "no direction")).all()
+    assert "relative_dose" in Run.open(small_vectors["out"] / "geometry-alone").tables()
 
 
 def test_batch_invariance(benchmarks: Path, tiny_folder: Path, tmp_path: Path) -> None:

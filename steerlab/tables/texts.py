@@ -1,0 +1,152 @@
+"""Schemas of what vectors do on texts, token by token and layer by layer."""
+
+from __future__ import annotations
+
+from steerlab.tables.column import Column
+
+_POSITION = (
+    Column("condition", "str", "1", "base, steered, steered × −1, random, …"),
+    Column("text", "int", "1", "index of the text"),
+    Column("position", "int", "1", "0-based token of the text, whose successor is predicted"),
+    Column("generated", "int", "1", "place of that successor in the completion; negative inside the prompt"),
+)
+_SPAN = (
+    Column("from_layer", "int", "1", "lowest 0-based block whose vector, added alone, the row averages over"),
+    Column("to_layer", "int", "1", "of the highest; equal to from_layer for one vector"),
+    Column("readout", "str", "1", "cosine (output effect with unembedding rows) or logprob (change in nats)"),
+)
+_LANGUAGE_INTERVALS = (
+    Column("low", "float", "cosine | nats", "lower end of the 95 % interval over tokens; missing for one token"),
+    Column("high", "float", "cosine | nats", "upper end of the 95 % interval over tokens"),
+    Column("low_texts", "float", "nats", "lower end of the 95 % interval over texts; missing for cosine, for one text"),
+    Column("high_texts", "float", "nats", "upper end of the 95 % interval over texts"),
+)
+
+TEXTS: dict[str, tuple[Column, ...]] = {
+    "residual_lens": (
+        *_POSITION,
+        Column("context", "str", "1", "text of the token at this position"),
+        Column("layer", "int", "1", "0-based decoder block after which the stream is read"),
+        Column("rank", "int", "1", "0 is the likeliest"),
+        Column("token_id", "int", "1", "vocabulary index"),
+        Column("token", "str", "1", "text of the token, decoded alone"),
+        Column("logprob", "float", "nats", "log-probability of the token"),
+    ),
+    "lens_watched": (
+        *_POSITION,
+        Column("layer", "int", "1", "0-based decoder block after which the stream is read"),
+        Column("token_id", "int", "1", "vocabulary index of the watched token"),
+        Column("token", "str", "1", "its text, decoded alone"),
+        Column("rank", "int", "1", "tokens that are likelier"),
+        Column("logprob", "float", "nats", "its log-probability"),
+    ),
+    "lens_spread": (
+        *_POSITION,
+        Column("layer", "int", "1", "0-based decoder block after which the stream is read"),
+        Column("entropy_nats", "float", "nats", "entropy of what the layer would say"),
+        Column("kl_nats", "float", "nats", "KL(the model's own output ‖ what the layer would say)"),
+    ),
+    "token_effects": (
+        Column("text", "int", "1", "index of the text"),
+        Column("generated", "int", "1", "position in the completion, 0 is its first token"),
+        Column("raised_id", "int", "1", "token whose probability grew most"),
+        Column("raised", "str", "1", "its text"),
+        Column("raised_delta", "float", "share", "by how much"),
+        Column("lowered_id", "int", "1", "token whose probability fell most"),
+        Column("lowered", "str", "1", "its text"),
+        Column("lowered_delta", "float", "share", "by how much (negative)"),
+        Column("raised_was_base_argmax", "bool", "1", "the raised token was the base model's likeliest already"),
+        Column("raised_is_steered_argmax", "bool", "1", "it is the steered model's likeliest"),
+        Column("argmax_changed", "bool", "1", "the two models' likeliest tokens differ"),
+        Column("entropy_base_nats", "float", "nats", "entropy of the base model's next token"),
+        Column("kl_nats", "float", "nats", "KL(steered ‖ base) of the next token"),
+    ),
+    "raised_tokens": (
+        Column("where", "str", "1", "first generated position, or rest"),
+        Column("end", "str", "1", "raised or lowered"),
+        Column("rank", "int", "1", "0 is the most changed token of that end"),
+        Column("token_id", "int", "1", "vocabulary index"),
+        Column("token", "str", "1", "text of the token, decoded alone"),
+        Column("delta", "float", "share", "mean change of its probability, over texts"),
+        Column("low", "float", "share", "lower end of the 95 % interval over texts"),
+        Column("high", "float", "share", "upper end of the 95 % interval over texts"),
+        Column("n_texts", "int", "texts", "texts that have such a position"),
+    ),
+    "substitution": (
+        Column(
+            "condition", "str", "1", "base, appended, appended_other, steered, random, first_position, later_positions"
+        ),
+        Column("temperature", "float", "1", "sampling temperature; 0 is greedy"),
+        Column("metric", "str", "1", "avg@k"),
+        Column("value", "float", "share", "estimate over problems (and seeds of the vectors)"),
+        Column("low", "float", "share", "lower end of the 95 % interval"),
+        Column("high", "float", "share", "upper end of the 95 % interval"),
+        Column("gain", "float", "share", "value minus that of the base model, paired over problems"),
+        Column("gain_low", "float", "share", "lower end of its 95 % interval"),
+        Column("gain_high", "float", "share", "upper end of its 95 % interval"),
+        Column("share", "float", "1", "share of the vectors' gain; missing where that is not above 0"),
+        Column("share_low", "float", "1", "lower end of its 95 % interval"),
+        Column("share_high", "float", "1", "upper end of its 95 % interval"),
+        Column("n_problems", "int", "problems", "problems evaluated"),
+        Column("n_seeds", "int", "seeds", "training seeds of the vectors"),
+        Column("token", "str", "1", "what the base model was given to begin with"),
+        Column("other", "str", "1", "what it was given as a control"),
+    ),
+    "persistence": (
+        Column("condition", "str", "1", "trained, or a random direction of equal length"),
+        Column("source", "int", "1", "0-based decoder block whose vector is added"),
+        Column("layer", "int", "1", "0-based decoder block where its effect is looked for"),
+        Column("quantity", "str", "1", "diff_vector, diff_diff, mean_vector or length"),
+        Column("value", "float", "cosine | activation units", "mean over texts; missing where there is no direction"),
+        Column("low", "float", "cosine | activation units", "lower end of the 95 % interval over texts"),
+        Column("high", "float", "cosine | activation units", "upper end of the 95 % interval over texts"),
+        Column("n_texts", "int", "texts", "texts that have a value"),
+    ),
+    "adaptive": (
+        Column("text", "int", "1", "index of the text"),
+        Column("position", "int", "1", "0-based token of the text"),
+        Column("token", "str", "1", "text of the token, decoded alone"),
+        Column("segment", "str", "1", "system, role tag, example, question, generation prompt, opening or answer"),
+        Column("layer", "int", "1", "0-based decoder block that has the rank-1 adapter"),
+        Column("scale", "float", "1", "λ: strength of the vector over the mean length of what the projection writes"),
+        Column("cosine", "float", "1", "cosine of what the projection writes and the adapter's direction"),
+    ),
+    "adaptive_shares": (
+        Column("layer", "int", "1", "0-based decoder block that has the rank-1 adapter"),
+        Column("segment", "str", "1", "system, role tag, example, question, generation prompt, opening or answer"),
+        Column("token_share", "float", "share", "of the tokens, mean over texts"),
+        Column("magnitude_share", "float", "share", "of Σ|λ|, mean over texts"),
+        Column("low", "float", "share", "lower end of its 95 % interval over texts"),
+        Column("high", "float", "share", "upper end of its 95 % interval over texts"),
+        Column("p", "float", "1", "share of circular shifts of λ that are as far from the tokens' share"),
+        Column("n_texts", "int", "texts", "texts read"),
+    ),
+    "vocabulary_classes": (
+        Column("token_id", "int", "1", "vocabulary index"),
+        Column("token", "str", "1", "text of the token, decoded alone"),
+        Column("script", "str", "1", "Unicode script of its letters; none, mixed, or other_script"),
+        Column("token_class", "str", "1", "english, other_latin, a script, code, …; rules in interp/vocabulary.py"),
+    ),
+    "languages": (
+        Column("condition", "str", "1", "trained, or random: a direction of equal length"),
+        Column("draw", "int", "1", "which random direction; 0 for trained"),
+        *_SPAN,
+        Column("token_class", "str", "1", "class of tokens, as in vocabulary_classes"),
+        Column("value", "float", "cosine | nats", "mean over the tokens of the class (and over texts)"),
+        *_LANGUAGE_INTERVALS,
+        Column("n_tokens", "int", "tokens", "tokens of the class"),
+        Column("n_texts", "int", "texts", "texts read"),
+    ),
+    "language_gaps": (
+        Column("condition", "str", "1", "trained, random (mean over draws), or trained − random"),
+        *_SPAN,
+        Column("value", "float", "cosine | nats", "mean over non-English tokens minus mean over English ones"),
+        *_LANGUAGE_INTERVALS,
+        Column("low_draws", "float", "cosine | nats", "lowest over random directions; missing for trained"),
+        Column("high_draws", "float", "cosine | nats", "highest over random directions; missing for trained"),
+        Column("n_english", "int", "tokens", "English tokens"),
+        Column("n_other", "int", "tokens", "tokens of another language or script"),
+        Column("n_texts", "int", "texts", "texts read"),
+        Column("n_draws", "int", "directions", "random directions per vector"),
+    ),
+}
