@@ -118,7 +118,7 @@ def test_the_lists_name_what_there_is(sl: Sl) -> None:
 
 
 def test_unknown_names_offer_the_nearest(sl: Sl, recipe: Words, tmp_path: Path) -> None:
-    refused(sl("trian"), "did you mean train?")
+    refused(sl("trian"), "did you mean train")
     refused(sl("train", "rlo"), "did you mean rloo?")
     refused(sl("train", "rloo", "--task", "chain_sm"), "chain_sum")
     refused(sl(*recipe, "--stepz", "3"), "--steps")
@@ -300,7 +300,7 @@ def test_the_stream_is_read_into_the_run_and_its_report(sl: Sl, steered: Path) -
     assert {"residual_lens", "lens_spread", "lens_watched"} <= set(run.tables())
     assert {"residual_lens_steered", "lens_kl", "lens_watched"} <= set(run.figures())
     lens = run.table("residual_lens")
-    assert set(lens["condition"]) == {"base", "steered", "steered × -1", "random"}
+    assert set(lens["condition"]) == {"base", "steered", "steered × −1", "random"}
     assert lens["text"].nunique() == 2 and lens["layer"].nunique() == 4 and lens["rank"].max() == 2
     assert "Logit lens of the residual stream" in (steered / "report.html").read_text()
     own = sl("lens", steered, "--stream", "--prompt", "1 + 2", "--prompt", "two")

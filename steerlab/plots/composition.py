@@ -108,7 +108,7 @@ def composition_sets(df: pd.DataFrame) -> go.Figure:
     for split, part in path.groupby("split", sort=False):
         held = split == told
         colour = COLOURS[0] if held else COLOURS[3]
-        made.add_scatter(**band(part["n_vectors"], part["low"], part["high"], colour), mode="lines")
+        made.add_scatter(**band(part["n_vectors"], part["low"], part["high"], colour))
         made.add_scatter(
             x=part["n_vectors"],
             y=part["value"],

@@ -120,7 +120,7 @@ def relative_dose(df: pd.DataFrame) -> go.Figure:
     for index, (site, part) in enumerate(df.groupby("site", sort=True, observed=True)):
         rows, colour = part.sort_values("layer"), COLOURS[index % len(COLOURS)]
         known = rows.dropna(subset=["low", "high"])
-        made.add_scatter(**band(known["layer"], known["low"], known["high"], colour), mode="lines")
+        made.add_scatter(**band(known["layer"], known["low"], known["high"], colour))
         made.add_scatter(
             x=rows["layer"],
             y=rows["value"],

@@ -88,7 +88,7 @@ def language_gaps(df: pd.DataFrame) -> go.Figure:
             rows = rows.sort_values("from_layer")
             known = rows.dropna(subset=list(ends))
             low, high = (known[end] for end in ends)
-            made.add_scatter(**band(known["from_layer"], low, high, colour), mode="lines", row=1, col=column)
+            made.add_scatter(**band(known["from_layer"], low, high, colour), row=1, col=column)
             made.add_scatter(
                 x=rows["from_layer"],
                 y=rows["value"],
