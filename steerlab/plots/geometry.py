@@ -94,7 +94,6 @@ def cosines_between(df: pd.DataFrame) -> go.Figure:
         made.add_scatter(
             **band(null["layer"], null["low_random"], null["high_random"], MUTED)
             | {"showlegend": True, "name": "95 % of random directions" + (f", {label(str(site))}" if several else "")},
-            mode="lines",
         )
     for index, (key, part) in enumerate(df.groupby(["run_i", "run_j", "site"], sort=False, observed=True)):
         i, j, site = (label(str(name), limit=24) for name in key)  # type: ignore[union-attr]
