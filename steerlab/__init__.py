@@ -14,11 +14,13 @@ if TYPE_CHECKING:
     from steerlab.errors import RunFailed, UsageError
     from steerlab.execute import execute as train
     from steerlab.execute import resume
+    from steerlab.interp.adaptive import adaptive
     from steerlab.interp.at_equal_kl import at_equal_kl, scale_at_kl
     from steerlab.interp.composition import composition
     from steerlab.interp.contrast import Contrast
     from steerlab.interp.directions import at_norms_of, directions
     from steerlab.interp.geometry import cosines_between, relative_dose
+    from steerlab.interp.gradient_energy import gradient_energy
     from steerlab.interp.languages import languages
     from steerlab.interp.logit_lens import logit_lens
     from steerlab.interp.magnitudes import magnitudes
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from steerlab.interp.residual_lens import residual_lens
     from steerlab.interp.residual_maps import fit_map
     from steerlab.interp.side_effects import side_effects
+    from steerlab.interp.substitution import substitution
     from steerlab.interp.texts import Text
     from steerlab.interp.token_effects import token_effects
     from steerlab.interp.transfer import Donor, Recipient, transfer
@@ -42,8 +45,8 @@ if TYPE_CHECKING:
     from steerlab.training import Experiment
 
 _HOMES = {
-    "Donor": "steerlab.interp.transfer:Donor",
     "Contrast": "steerlab.interp.contrast:Contrast",
+    "Donor": "steerlab.interp.transfer:Donor",
     "Evaluation": "steerlab.rollouts:Evaluation",
     "Experiment": "steerlab.training:Experiment",
     "LanguageModel": "steerlab.models:LanguageModel",
@@ -60,13 +63,15 @@ _HOMES = {
     "SteeringVectors": "steerlab.adapters:SteeringVectors",
     "Text": "steerlab.interp.texts:Text",
     "UsageError": "steerlab.errors:UsageError",
-    "composition": "steerlab.interp.composition:composition",
+    "adaptive": "steerlab.interp.adaptive:adaptive",
     "at_equal_kl": "steerlab.interp.at_equal_kl:at_equal_kl",
     "at_norms_of": "steerlab.interp.directions:at_norms_of",
+    "composition": "steerlab.interp.composition:composition",
+    "cosines_between": "steerlab.interp.geometry:cosines_between",
     "directions": "steerlab.interp.directions:directions",
     "evaluate": "steerlab.rollouts:evaluate",
     "fit_map": "steerlab.interp.residual_maps:fit_map",
-    "cosines_between": "steerlab.interp.geometry:cosines_between",
+    "gradient_energy": "steerlab.interp.gradient_energy:gradient_energy",
     "languages": "steerlab.interp.languages:languages",
     "load_model": "steerlab.models:load",
     "load_vectors": "steerlab.adapters.formats:load",
@@ -81,6 +86,7 @@ _HOMES = {
     "rloo": "steerlab.recipes:rloo",
     "scale_at_kl": "steerlab.interp.at_equal_kl:scale_at_kl",
     "side_effects": "steerlab.interp.side_effects:side_effects",
+    "substitution": "steerlab.interp.substitution:substitution",
     "sweep_layers": "steerlab.sweep:sweep_layers",
     "to_nnsight": "steerlab.models.bridges:to_nnsight",
     "to_transformer_lens": "steerlab.models.bridges:to_transformer_lens",
@@ -109,6 +115,7 @@ __all__ = [
     "SteeringVectors",
     "Text",
     "UsageError",
+    "adaptive",
     "at_equal_kl",
     "at_norms_of",
     "composition",
@@ -116,6 +123,7 @@ __all__ = [
     "directions",
     "evaluate",
     "fit_map",
+    "gradient_energy",
     "languages",
     "load_model",
     "load_vectors",
@@ -130,6 +138,7 @@ __all__ = [
     "rloo",
     "scale_at_kl",
     "side_effects",
+    "substitution",
     "sweep_layers",
     "to_nnsight",
     "to_transformer_lens",

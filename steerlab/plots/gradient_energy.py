@@ -41,7 +41,7 @@ def gradient_energy(df: pd.DataFrame, layers: pd.DataFrame | None = None, metric
         made.update_layout(
             yaxis2={
                 "overlaying": "y", "side": "right", "tickformat": ".0%", "rangemode": "tozero", "showgrid": False,
-                "title_text": "score (share of problems)",
+                "tickmode": "auto", "title_text": "score (share of problems)",
             }
         )  # fmt: skip
     made.update_xaxes(title_text="layer (0-based decoder block)")

@@ -57,7 +57,7 @@ HOUSE = go.layout.Template(
         "colorway": COLOURS,
         "xaxis": _axis,
         "yaxis": _axis,
-        "margin": {"l": 60, "r": 24, "t": 48, "b": 52},
+        "margin": {"l": 60, "r": 24, "t": 84, "b": 52},
         "hoverlabel": {"font": {"family": FONT, "size": 12}, "bgcolor": "#ffffff", "bordercolor": "#c4cad3"},
         "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "font": {"size": 12}},
         "colorscale": {"sequential": SEQUENTIAL, "diverging": DIVERGING},

@@ -22,7 +22,7 @@ def layers(df: pd.DataFrame, compared: pd.DataFrame | None = None, metric: str =
         value=("value", "mean"), low=("low", "min"), high=("high", "max"), least=("value", "min"), most=("value", "max")
     )
     low, high = (frame["low"], frame["high"]) if len(seeds) < 2 else (frame["least"], frame["most"])
-    made = figure("Score by layer of the only vector", height=430)
+    made = figure("Score by layer of the only vector", height=470).update_layout(margin_t=110)
     meaning = "95 % interval" if len(seeds) < 2 else f"mean of {len(seeds)} seeds; band: lowest to highest"
     colour = condition_colour("steered")
     made.add_scatter(**band(frame["layer"], low, high, colour))

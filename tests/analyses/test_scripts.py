@@ -187,6 +187,16 @@ def test_batch_invariance(benchmarks: Path, tiny_folder: Path, tmp_path: Path) -
     assert json.loads((tmp_path / "batch_invariance.json").read_text())["rows"] == [row]
 
 
+@pytest.mark.slow
+def test_readouts(benchmarks: Path, tmp_path: Path) -> None:
+    """In a process of its own: TransformerLens patches globals."""
+    call = [sys.executable, str(benchmarks / "readouts.py"), "--scale", "tiny", "--repeats", "1", "--threads", "1"]
+    subprocess.run([*call, "--out", str(tmp_path)], check=True, capture_output=True, text=True)
+    rows = json.loads((tmp_path / "readouts.json").read_text())["rows"]
+    assert [row["case"] for row in rows] == ["lens", "persistence, own texts", "persistence, shared text"]
+    assert all(row["ours"] > 0 and row["rival"] > 0 for row in rows)
+
+
 def test_the_workload_is_what_it_says() -> None:
     module = script("benchmarks/workload")
     work = module.load()
