@@ -28,17 +28,19 @@ from steerlab.runs import Run
 from steerlab.tasks import make
 from steerlab.training import Experiment
 
-LAYERS, SEEDS = (4, 15, 24), (0, 1, 2)
+SEEDS = (0, 1, 2)
 CONTROLS = {"trained": "", "random_reward": "random_reward"}
 
 
 @dataclass(frozen=True)
 class Options:
-    """out: where runs and tables go. scale: `tiny` is for tests. lr: of all layers."""
+    """out: where runs and tables go. scale: `tiny` is for tests. layers: of which each has an adapter of its own runs.
+    lr: of all of them."""
 
     out: Path
     scale: Literal["tiny", "small"] = "small"
     model: str = "smollm2-135m"
+    layers: tuple[int, ...] = (4, 15, 24)
     lr: float = 3e-3
 
 
@@ -48,7 +50,7 @@ def main(options: Options) -> pd.DataFrame:
     size = {"steps": 1, "prompts": 2, "samples": 4} if tiny else {"steps": 20, "prompts": 8, "samples": 8}
     experiments = {}
     for condition, control in CONTROLS.items():
-        for layer in (1,) if tiny else LAYERS:
+        for layer in (1,) if tiny else options.layers:
             for seed in (0,) if tiny else SEEDS if condition == "trained" else SEEDS[:1]:
                 adapter = LoRA(rank=1, alpha=1.0, targets=("down_proj",), layers=(layer,))
                 # a toy model is never right, so nothing but random rewards would move it

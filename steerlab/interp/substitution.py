@@ -25,7 +25,7 @@ from steerlab.interp.answers import Seeds, scored
 from steerlab.interp.token_effects import TokenEffects
 from steerlab.models import LanguageModel
 from steerlab.rollouts import Evaluation
-from steerlab.rollouts.statistics import bootstrap_interval, paired_difference, share_of_gain
+from steerlab.rollouts.statistics import Interval, bootstrap_interval, paired_difference, share_of_gain
 from steerlab.tasks import Task
 
 TEMPERATURES = (1.0, 0.0)
@@ -90,7 +90,7 @@ def _rows(
     for name, found in scores.items():
         whole = np.broadcast_to(found, base.shape)
         interval = bootstrap_interval(found, seed=seed)
-        gain = paired_difference(whole, base, seed=seed)
+        gain = Interval(0.0, 0.0, 0.0) if name == "base" else paired_difference(whole, base, seed=seed)
         share = share_of_gain(whole, [base], scores["steered"], seed=seed)
         rows.append(
             {"condition": name, "temperature": temperature, "metric": f"avg@{samples}"}
