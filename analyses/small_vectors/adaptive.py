@@ -41,7 +41,7 @@ class Options:
     scale: Literal["tiny", "small"] = "small"
     model: str = "smollm2-135m"
     layers: tuple[int, ...] = (4, 15, 24)
-    lr: float = 3e-3
+    lr: float = 3e-2
 
 
 def main(options: Options) -> pd.DataFrame:
