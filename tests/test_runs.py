@@ -31,6 +31,7 @@ from steerlab.runs import (
     tensors_sha256,
 )
 from steerlab.runs import files as files_module
+from steerlab.tasks import make as make_task
 
 
 class Colour(enum.Enum):
@@ -132,6 +133,16 @@ def test_cannot_write_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="disk is full"):
         atomic_write(tmp_path / "y", "")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "folder"]
+
+
+def test_a_field_that_a_later_version_added_makes_no_other_experiment(tmp_path):
+    wanted = make_task("chain_sum")
+    run = Run.create(tmp_path / "run", wanted)
+    del run.manifest["experiment"]["layout"]["opening"]  # as a version wrote it that did not know the field
+    run.update()
+    assert Run.create(tmp_path / "run", wanted).experiment == wanted
+    with pytest.raises(UsageError, match="another configuration"):
+        Run.create(tmp_path / "run", wanted.opened("7"))
 
 
 def test_create_open_update(tmp_path):

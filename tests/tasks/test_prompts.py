@@ -101,3 +101,16 @@ def test_tasks_survive_the_codec():
         task = make("chain_sum", **options)
         again = runs.decode(runs.encode(task))
         assert again == task and again.problems("test") == task.problems("test")
+
+
+def test_an_opened_answer_is_asked_and_judged_with_its_opening(tokenizer):
+    task = make("chain_sum")
+    opened = task.opened("It is 1")
+    problem = task.problems("test")[0]
+    plain, asked = (encode(one.prompt(problem), tokenizer) for one in (task, opened))
+    assert asked == [*plain, *tokenizer.encode("It is 1", add_special_tokens=False)]
+    assert opened.judge([problem], ["2."])[0].extracted == "12"
+    assert make("chain_sum", opening="It is 1") == opened
+    assert not opened.validate(), "gold answers stand by themselves"
+    bare = make("chain_sum", control="format_only_reward").opened("1")
+    assert [j.reward for j in bare.judge([problem] * 2, ["2", "2 apples"])] == [1, -1]
