@@ -27,7 +27,7 @@ def adaptive(df: pd.DataFrame, text: int = 0) -> go.Figure:
     largest = np.maximum(np.abs(values).max(1, keepdims=True), np.finfo(float).tiny)
     own = part.drop_duplicates("position").sort_values("position")
     names = [f"{p}  {label(readable(t), limit=10)}" for p, t in zip(own["position"], own["token"], strict=True)]
-    made = figure("Strength of the vector by token (row by row)", height=230 + 24 * len(grid))
+    made = figure("Strength of the vector by token (row by row)", height=310 + 24 * len(grid))
     made.add_heatmap(
         z=np.arcsinh(10 * values / largest) / np.arcsinh(10),
         x=names,
@@ -37,9 +37,9 @@ def adaptive(df: pd.DataFrame, text: int = 0) -> go.Figure:
         zmax=1,
         colorscale=DIVERGING,
         colorbar={
-            **COLOURBAR, "title_text": "λ over the row's largest",
-            "tickvals": [float(np.arcsinh(10 * v) / np.arcsinh(10)) for v in (-1, -0.1, 0, 0.1, 1)],
-            "ticktext": ["−1", "−0.1", "0", "0.1", "1"],
+            **COLOURBAR, "title_text": "λ / row's largest",
+            "tickvals": [float(np.arcsinh(10 * v) / np.arcsinh(10)) for v in (-1, 0, 1)],
+            "ticktext": ["−1", "0", "1"],
         },
         hovertemplate="layer %{y}, token %{x}<br>λ %{customdata:.3f}<extra></extra>",
     )  # fmt: skip
