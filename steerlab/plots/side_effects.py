@@ -72,10 +72,8 @@ def side_effects(df: pd.DataFrame) -> go.Figure:
                 col=column,
             )
         unit = "share of problems" if share else TITLES[quantity][1]
-        made.update_xaxes(
-            title_text=unit, tickformat=".0%" if share else "", rangemode="tozero", nticks=5, row=1, col=column
-        )
-        if quantity == "perplexity":  # a strong vector multiplies it
-            made.update_xaxes(type="log", row=1, col=column)
+        kind = "log" if quantity == "perplexity" else "linear"  # strong vectors multiply it
+        made.update_xaxes(title_text=unit, tickformat=".0%" if share else "", nticks=5, row=1, col=column)
+        made.update_xaxes(type=kind, rangemode="tozero", row=1, col=column)
     made.update_yaxes(showgrid=False, ticks="", range=[len(names) - 0.4, -0.6])
     return made.update_yaxes(tickvals=list(range(len(names))), ticktext=[label(words(n), limit=28) for n in names])
