@@ -32,16 +32,17 @@ class Letters:
     """Right when the completion begins with an ASCII letter: about one in five of a tiny model's."""
 
     name: str = "letters"
+    opening: str = ""
 
     def problems(self, split: str) -> list[Problem]:
         of = range(12) if split == "test" else range(100, 110)
         return [Problem(10 * i, f"say {'so ' * (i % 5)}{i}", "a") for i in of]
 
     def prompt(self, problem: Problem) -> Prompt:
-        return Prompt((Message("user", problem.question),), "chat")
+        return Prompt((Message("user", problem.question),), "chat", self.opening)
 
     def judge(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Judgement]:
-        right = [t[:1].isascii() and t[:1].isalpha() for t in texts]
+        right = [t[:1].isascii() and t[:1].isalpha() for t in (self.opening + text for text in texts)]
         return [Judgement(float(r), r, t[:1] or None) for r, t in zip(right, texts, strict=True)]
 
     def validate(self) -> list[tuple[Problem, Judgement]]:
@@ -51,7 +52,7 @@ class Letters:
         return self
 
     def opened(self, words: str) -> Letters:
-        raise NotImplementedError
+        return replace(self, opening=words)
 
 
 TASK = Letters()

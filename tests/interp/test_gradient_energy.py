@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -23,24 +23,28 @@ class EvenToken:
     """Pays 1 for a first letter with an even code: a reward whose expectation can be differentiated."""
 
     name: str = "even"
+    opening: str = ""
 
     def problems(self, split: str) -> list[Problem]:
         return [Problem(i, "".join(chr(97 + (7 * i + j) % 26) for j in range(4)), "") for i in range(8)]
 
     def prompt(self, problem: Problem) -> Prompt:
-        return Prompt((Message("user", problem.question),), "plain")
+        return Prompt((Message("user", problem.question),), "plain", self.opening)
 
     def judge(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Judgement]:
-        return [Judgement(float(bool(t) and ord(t[0]) % 2 == 0), False, None) for t in texts]
+        return [
+            Judgement(float(bool(t) and ord(t[0]) % 2 == 0), False, None)
+            for t in (self.opening + text for text in texts)
+        ]
 
     def validate(self) -> list[tuple[Problem, Judgement]]:
         return []
 
     def few_shot(self, n: int, seed: int = 0) -> Task:
-        raise NotImplementedError
+        return self  # has no examples to show
 
     def opened(self, words: str) -> Task:
-        raise NotImplementedError
+        return replace(self, opening=words)
 
 
 def exact_gradients(model: LanguageModel, task: EvenToken) -> torch.Tensor:

@@ -42,15 +42,16 @@ class Letters:
     """Right when the completion begins with an ASCII letter."""
 
     name: str = "letters"
+    opening: str = ""
 
     def problems(self, split: str) -> list[Problem]:
         return [Problem(i, f"say {'so ' * (i % 3)}{i}", "a") for i in range(12)]
 
     def prompt(self, problem: Problem) -> Prompt:
-        return Prompt((Message("user", problem.question),), "chat")
+        return Prompt((Message("user", problem.question),), "chat", self.opening)
 
     def judge(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Judgement]:
-        right = [t[:1].isascii() and t[:1].isalpha() for t in texts]
+        right = [t[:1].isascii() and t[:1].isalpha() for t in (self.opening + text for text in texts)]
         return [Judgement(float(r), r, t[:1] or None) for r, t in zip(right, texts, strict=True)]
 
     def validate(self) -> list[tuple[Problem, Judgement]]:
@@ -60,7 +61,7 @@ class Letters:
         return self
 
     def opened(self, words: str) -> Letters:
-        raise NotImplementedError
+        return replace(self, opening=words)
 
 
 TASK = Letters()

@@ -24,6 +24,7 @@ class Letters:
     """Right when the completion begins with an ASCII letter."""
 
     name: str = "letters"
+    opening: str = ""
     shots: int = 0
     n_test: int = 5
 
@@ -31,17 +32,17 @@ class Letters:
         return [Problem(10 * i, f"say {'so ' * i}", "a") for i in range(self.n_test if split == "test" else 3)]
 
     def prompt(self, problem: Problem) -> Prompt:
-        return Prompt((Message("user", "solved! " * self.shots + problem.question),), "chat")
+        return Prompt((Message("user", "solved! " * self.shots + problem.question),), "chat", self.opening)
 
     def judge(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Judgement]:
-        right = [t[:1].isascii() and t[:1].isalpha() for t in texts]
+        right = [t[:1].isascii() and t[:1].isalpha() for t in (self.opening + text for text in texts)]
         return [Judgement(float(r), r, t[:1] or None) for r, t in zip(right, texts, strict=True)]
 
     def validate(self) -> list[tuple[Problem, Judgement]]:
         return []
 
     def opened(self, words: str) -> Letters:
-        raise NotImplementedError
+        return replace(self, opening=words)
 
     def few_shot(self, n: int, seed: int = 0) -> Letters:
         return replace(self, shots=n)

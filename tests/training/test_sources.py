@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -25,22 +25,23 @@ class Letters:
 
     ids: tuple[int, ...] = (0, 3, 6, 9, 12)
     name: str = "letters"
+    opening: str = ""
 
     def problems(self, split: str) -> list[Problem]:
         return [Problem(i, f"question {i}", "a") for i in self.ids]
 
     def prompt(self, problem: Problem) -> Prompt:
-        return Prompt((Message("user", problem.question),), "chat")
+        return Prompt((Message("user", problem.question),), "chat", self.opening)
 
     def judge(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Judgement]:
-        right = [t[:1].isascii() and t[:1].isalpha() for t in texts]
+        right = [t[:1].isascii() and t[:1].isalpha() for t in (self.opening + text for text in texts)]
         return [Judgement(2.0 * r - 1, r, t[:1] or None) for r, t in zip(right, texts, strict=True)]
 
     def validate(self) -> list[tuple[Problem, Judgement]]:
         return []
 
     def opened(self, words: str) -> Letters:
-        raise NotImplementedError
+        return replace(self, opening=words)
 
     def few_shot(self, n: int, seed: int = 0) -> Letters:
         return self

@@ -32,6 +32,7 @@ class Letters:
     """
 
     name: str = "letters"
+    opening: str = ""
     noise: bool = False
     hopeless: bool = False
 
@@ -39,10 +40,12 @@ class Letters:
         return [Problem(i, "go" * i, "a") for i in range(6)]
 
     def prompt(self, problem: Problem) -> Prompt:
-        return Prompt((Message("user", problem.question),), "chat")
+        return Prompt((Message("user", problem.question),), "chat", self.opening)
 
     def judge(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Judgement]:
-        right = [t[:1].isascii() and t[:1].isalpha() and not self.hopeless for t in texts]
+        right = [
+            t[:1].isascii() and t[:1].isalpha() and not self.hopeless for t in (self.opening + text for text in texts)
+        ]
         paid = COINS.choices((0, 1), k=len(texts)) if self.noise else right
         return [Judgement(float(p), r, t[:1] or None) for p, r, t in zip(paid, right, texts, strict=True)]
 
@@ -50,7 +53,7 @@ class Letters:
         return []
 
     def opened(self, words: str) -> Letters:
-        raise NotImplementedError
+        return replace(self, opening=words)
 
     def few_shot(self, n: int, seed: int = 0) -> Letters:
         return self
