@@ -60,11 +60,13 @@ SIZES: dict[Scale, Size] = {
 
 @dataclass(frozen=True)
 class Options:
-    """out: where the bank is, or will be, and what the script writes. scale: `tiny` is for tests."""
+    """out: where the bank is, or will be, and what the script writes. scale: `tiny` is for tests. bank_layers: a bank
+    of these layers only, for a script that needs no others; None: all layers of the scale."""
 
     out: Path
     scale: Scale = "small"
     model: str = "smollm2-135m"
+    bank_layers: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ def trained(options: Options, *, exact: bool = False) -> Bank:
     """The bank below `options.out`, trained as far as it is not yet, and its model: as it was trained, or in fp32 for
     differences of states (`exact`)."""
     size, folder = SIZES[options.scale], options.out / "bank"
+    layers = size.layers if options.bank_layers is None else options.bank_layers
     # a toy model is never right; paid at random its vectors are at least not zero
     task = make("chain_sum", control="random_reward" if options.scale == "tiny" else "")
     experiment = rloo(task, options.model, steps=size.steps, prompts=size.prompts, samples=size.samples)
@@ -108,10 +111,10 @@ def trained(options: Options, *, exact: bool = False) -> Bank:
     experiment = replace(experiment, evaluation=evaluation)
     with Progress() as progress:
         home = sweep_layers(
-            experiment, folder, layers=size.layers, seeds=size.seeds, all_layers=True, lr=size.lr, reporter=progress
+            experiment, folder, layers=layers, seeds=size.seeds, all_layers=True, lr=size.lr, reporter=progress
         )
     model = load(options.model, dtype=torch.float32 if exact else dtype_of(home))
-    return Bank(model, task, evaluation, folder, home, size.layers, size.seeds)
+    return Bank(model, task, evaluation, folder, home, layers, size.seeds)
 
 
 def keep(options: Options, name: str, reading: Reading) -> None:
