@@ -5,13 +5,12 @@ soft cap; under several conditions on the same tokens. Three tables: the likelie
 tokens by rank and log-probability (`lens_watched`), and how spread out and how far from the final answer each
 distribution is (`lens_spread`). After the last block the lens is the model's own output, which is checked on each call.
 
-The vocabulary is read for a few positions at a time, so that nothing of size layers × tokens × vocabulary is ever held.
-Top tokens are sought among blocks of the vocabulary whose largest logit is large enough. Left out: learned translators.
+Nothing of size tokens × vocabulary is ever held (`models/distributions.py`). Left out: learned translators.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,17 +20,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from steerlab import tables
-from steerlab.adapters import Adapter
 from steerlab.adapters.steering import check_layers
 from steerlab.errors import RunFailed, UsageError
 from steerlab.interp.logit_lens import token_texts
-from steerlab.interp.states import check_texts, hidden_under, logits_of, states_under
+from steerlab.interp.states import check_texts, logits_of, passed_under
 from steerlab.interp.texts import Conditions, Text
 from steerlab.models import LanguageModel
+from steerlab.models.distributions import Said, Vocabulary
 
-CHUNK_POSITIONS = 128
-BLOCK = 128  # of the vocabulary
-SAME = {torch.float64: 1e-9, torch.float32: 1e-3}  # logits, against the model's own
+CHECKED = 16  # positions
+SAME = {torch.float64: 1e-9, torch.float32: 1e-3}  # log-probabilities, against the model's own
 
 
 @dataclass(frozen=True)
@@ -45,18 +43,12 @@ class ResidualLens:
 
 @dataclass(frozen=True)
 class _Part:
-    """What one layer says at some positions of one text."""
+    """What layers say at some positions of one text."""
 
     condition: str
     text: int
-    layer: int
     positions: Int[np.ndarray, " pos"]
-    top_ids: Int[np.ndarray, "pos k"]
-    top_logprobs: Float[np.ndarray, "pos k"]
-    ranks: Int[np.ndarray, "pos watched"]
-    watched_logprobs: Float[np.ndarray, "pos watched"]
-    entropy_nats: Float[np.ndarray, " pos"]
-    kl_nats: Float[np.ndarray, " pos"]
+    said: Said  # (layer, pos, …)
 
 
 @torch.no_grad()
@@ -79,15 +71,18 @@ def residual_lens(
     wanted = tuple(range(model.n_layers)) if layers is None else tuple(layers)
     check_layers(wanted, model.n_layers)
     _check(model, texts, conditions, k, watch)
+    vocabulary, last = Vocabulary(model), model.n_layers - 1
+    chosen = torch.tensor(list(watch), dtype=torch.long, device=model.device)
     parts: list[_Part] = []
     for name, adapter in conditions.items():
         for number, text in enumerate(texts):
-            states = states_under(model, adapter, text, {*wanted, model.n_layers - 1})
+            states, hidden = passed_under(model, adapter, text, {*wanted, last})
+            start = text.n_prompt - 1 if generated_only else 0
+            said = vocabulary.read([model.final_norm(states[layer][start:]) for layer in sorted(states)], k, chosen)
             if number == 0:
-                _check_last(model, adapter, text, states[model.n_layers - 1])
-            first = text.n_prompt - 1 if generated_only else 0
-            parts += _read(model, states, wanted, first, k, watch, name, number)
-    return _tables(model, texts, parts, watch)
+                _check_last(model, hidden[start:], said)
+            parts.append(_Part(name, number, np.arange(start, len(text.tokens)), said))
+    return _tables(model, texts, parts, watch, sorted(wanted))
 
 
 def _check(model: LanguageModel, texts: Sequence[Text], conditions: Conditions, k: int, watch: Sequence[int]) -> None:
@@ -107,54 +102,16 @@ def check_k(model: LanguageModel, k: int) -> None:
         raise UsageError(f"k={k} tokens of a vocabulary of {model.d_vocab}; choose a k between 1 and {model.d_vocab}")
 
 
-def _check_last(model: LanguageModel, adapter: Adapter | None, text: Text, last: Float[Tensor, "pos d_model"]) -> None:
-    """Raise RunFailed unless the last layer's lens is the model's own output."""
-    own = logits_of(model, hidden_under(model, adapter, text))
-    apart = float((own - readout(model, last)).abs().max())
+def _check_last(model: LanguageModel, hidden: Float[Tensor, "pos d_model"], said: Said) -> None:
+    """Raise RunFailed unless what was read of the last layer is the model's own output."""
+    rows = torch.linspace(0, len(hidden) - 1, min(len(hidden), CHECKED)).long().to(hidden.device)
+    own = logits_of(model, hidden[rows]).log_softmax(-1)
+    apart = float((own.gather(1, said.top_ids[-1, rows]) - said.top_logprobs[-1, rows]).abs().max())
     if not apart <= SAME.get(model.dtype, 0.1):
         raise RunFailed(
-            f"the lens of the last layer is not {model.name}'s own output (logits differ by {apart:.2g}); its final "
-            "norm or head is not where it was looked for"
+            f"the lens of the last layer is not {model.name}'s own output (log-probabilities differ by {apart:.2g}); "
+            "its final norm or head is not where it was looked for"
         )
-
-
-def _read(
-    model: LanguageModel,
-    states: dict[int, Float[Tensor, "pos d_model"]],
-    wanted: Sequence[int],
-    first: int,
-    k: int,
-    watch: Sequence[int],
-    condition: str,
-    number: int,
-) -> Iterator[_Part]:
-    """Every wanted layer at positions `first` …, a few at a time."""
-    last, chosen = states[model.n_layers - 1], torch.tensor(list(watch), dtype=torch.long, device=model.device)
-    for start in range(first, len(last), CHUNK_POSITIONS):
-        rows = slice(start, min(start + CHUNK_POSITIONS, len(last)))
-        final = readout(model, last[rows])
-        p_final = final.softmax(-1)
-        entropy_final = final.logsumexp(-1) - torch.linalg.vecdot(p_final, final)
-        for layer in wanted:
-            z = final if layer == model.n_layers - 1 else readout(model, states[layer][rows])
-            total = z.logsumexp(-1)
-            kl = total - torch.linalg.vecdot(p_final, z) - entropy_final
-            entropy = total - torch.linalg.vecdot(z.softmax(-1), z)
-            ids, logits = top(z, k)
-            seen = z[:, chosen]
-            ranks = torch.stack([(z > one[:, None]).sum(-1) for one in seen.T], 1) if len(chosen) else seen.long()
-            yield _Part(
-                condition,
-                number,
-                layer,
-                np.arange(rows.start, rows.stop),
-                ids.cpu().numpy(),
-                (logits - total[:, None]).cpu().numpy(),
-                ranks.cpu().numpy(),
-                (seen - total[:, None]).cpu().numpy(),
-                entropy.cpu().numpy(),
-                kl.clamp(min=0).cpu().numpy(),
-            )
 
 
 def readout(model: LanguageModel, states: Float[Tensor, "pos d_model"]) -> Float[Tensor, "pos d_vocab"]:
@@ -162,53 +119,46 @@ def readout(model: LanguageModel, states: Float[Tensor, "pos d_model"]) -> Float
     return logits_of(model, model.final_norm(states))
 
 
-def top(z: Float[Tensor, "pos d_vocab"], k: int) -> tuple[Int[Tensor, "pos k"], Float[Tensor, "pos k"]]:
-    """Ids and values of the k largest of each row, largest first: they lie in the k blocks with the largest maxima."""
-    n = z.shape[1] // BLOCK
-    if n <= k:
-        values, ids = z.topk(k, -1)
-        return ids, values
-    whole = z[:, : n * BLOCK].unflatten(1, (n, BLOCK))
-    blocks = whole.amax(-1).topk(k, -1).indices
-    inside = (blocks[..., None] * BLOCK + torch.arange(BLOCK, device=z.device)).flatten(1)
-    rest = torch.arange(n * BLOCK, z.shape[1], device=z.device).expand(len(z), -1)
-    candidates = torch.cat([inside, rest], 1)
-    values, places = z.gather(1, candidates).topk(k, -1)
-    return candidates.gather(1, places), values
-
-
-def _tables(model: LanguageModel, texts: Sequence[Text], parts: Sequence[_Part], watch: Sequence[int]) -> ResidualLens:
+def _tables(
+    model: LanguageModel, texts: Sequence[Text], parts: Sequence[_Part], watch: Sequence[int], layers: Sequence[int]
+) -> ResidualLens:
     """Columns, not rows: a lens has millions of cells."""
+    n_layers, k = len(layers), parts[0].said.top_ids.shape[-1]
+    cells = [n_layers * len(part.positions) for part in parts]
 
-    def frame(name: str, per_position: int, **columns: np.ndarray) -> pd.DataFrame:
-        sizes = [len(part.positions) * per_position for part in parts]
-        generated = [part.positions + 1 - texts[part.text].n_prompt for part in parts]
-        common = {
-            "condition": pd.Categorical(np.repeat([part.condition for part in parts], sizes)),
-            "text": np.repeat([part.text for part in parts], sizes),
-            "position": np.concatenate([np.repeat(part.positions, per_position) for part in parts]),
-            "generated": np.concatenate([np.repeat(places, per_position) for places in generated]),
-            "layer": np.repeat([part.layer for part in parts], sizes),
-        }
-        return tables.check(pd.DataFrame(common | columns), name)
+    def each(values: Sequence[np.ndarray]) -> np.ndarray:
+        """Of every position, at every layer."""
+        return np.concatenate([np.tile(of, n_layers) for of in values])
 
     def joined(name: str) -> np.ndarray:
-        return np.concatenate([getattr(part, name).reshape(-1) for part in parts])
+        return np.concatenate([getattr(part.said, name)[:n_layers].cpu().numpy().reshape(-1) for part in parts])
 
-    k = parts[0].top_ids.shape[1]
-    positions = sum(len(part.positions) for part in parts)
-    ids = joined("top_ids")
-    at = np.concatenate([np.array(texts[part.text].tokens)[part.positions] for part in parts])
+    common = {
+        "condition": np.repeat(np.arange(len(parts)), cells),
+        "text": np.repeat([part.text for part in parts], cells),
+        "position": each([part.positions for part in parts]),
+        "generated": each([part.positions + 1 - texts[part.text].n_prompt for part in parts]),
+        "layer": np.concatenate([np.repeat(layers, len(part.positions)) for part in parts]),
+    }
+    names = list(dict.fromkeys(part.condition for part in parts))
+    numbers = np.array([names.index(part.condition) for part in parts])
+
+    def frame(name: str, per_position: int, **columns: np.ndarray) -> pd.DataFrame:
+        repeated = {column: np.repeat(values, per_position) for column, values in common.items()}
+        repeated["condition"] = pd.Categorical.from_codes(numbers[repeated["condition"]], names)
+        return tables.check(pd.DataFrame(repeated | columns), name)
+
+    at = each([np.array(texts[part.text].tokens)[part.positions] for part in parts])
+    ids, followed = joined("top_ids"), np.tile(np.array(watch, dtype=np.int64), sum(cells))
     tokens = frame(
         "residual_lens",
         k,
         context=np.repeat(token_texts(model.tokenizer, at), k),
-        rank=np.tile(np.arange(k), positions),
+        rank=np.tile(np.arange(k), sum(cells)),
         token_id=ids,
         token=token_texts(model.tokenizer, ids),
         logprob=joined("top_logprobs"),
     )
-    followed = np.tile(np.array(watch, dtype=np.int64), positions)
     watched = frame(
         "lens_watched",
         len(watch),

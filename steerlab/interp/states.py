@@ -41,6 +41,19 @@ def states_under(
 ) -> dict[int, Float[Tensor, "pos d_model"]]:
     """What blocks write (`resid_post`, vectors included), by layer. block, written: where to begin, and what the block
     below wrote; see `models/forward.py`."""
+    return passed_under(model, adapter, text, layers, block=block, written=written)[0]
+
+
+def passed_under(
+    model: LanguageModel,
+    adapter: Adapter | None,
+    text: Text,
+    layers: Iterable[int],
+    *,
+    block: int = 0,
+    written: Float[Tensor, "pos d_model"] | None = None,
+) -> tuple[dict[int, Float[Tensor, "pos d_model"]], Float[Tensor, "pos d_model"]]:
+    """`states_under` and `hidden_under` of one pass."""
     states: dict[int, Tensor] = {}
 
     def keeping(layer: int) -> tuple[Site, Keep]:
@@ -54,11 +67,8 @@ def states_under(
         if attached is not None:
             attached.place(None, Layout.of_texts(tokens, text.n_prompt))
         with model.doors.open((), [keeping(layer) for layer in layers]):
-            if written is None:
-                model.hidden(tokens)
-            else:
-                model.forward_from(block, written[None])
-    return states
+            hidden = model.hidden(tokens) if written is None else model.forward_from(block, written[None])
+    return states, hidden[0]
 
 
 def hidden_under(model: LanguageModel, adapter: Adapter | None, text: Text) -> Float[Tensor, "pos d_model"]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from steerlab.models.numbers import carray, exp, largest, narrow, parallel, pointer, prange, serial, whole, wide
+from steerlab.models.numbers import called, carray, exp, largest, narrow, parallel, pointer, prange, serial, whole, wide
 
 
 @parallel
@@ -125,3 +125,86 @@ def logprobs(
             logprob[i] = chosen - np.log(total)
             if slopes:
                 row[j] = narrow(whole(1, total) - exp(chosen) / total, like)
+
+
+@called
+def _keep_likeliest(row: Any, first: int, best: Any, best_id: Any) -> None:
+    """Those of `row` above the last of the k best take their places among them; earlier ids before equals."""
+    least = best[best.shape[0] - 1]
+    if largest(row) <= least:
+        return
+    for j in range(row.shape[0]):
+        x = wide(row[j])
+        if x > least:
+            place = best.shape[0] - 1
+            while place > 0 and best[place - 1] < x:
+                best[place], best_id[place] = best[place - 1], best_id[place - 1]
+                place -= 1
+            best[place], best_id[place] = x, first + j
+            least = best[best.shape[0] - 1]
+
+
+@parallel
+def read_logits(
+    logits_at: int,
+    share_at: int,
+    shift_at: int,
+    kept_at: Any,
+    seen_at: Any,
+    sizes: Any,
+    final: bool,
+    one: Any,
+    like: Any,
+) -> None:
+    """What one block of the vocabulary, from token `first` on, adds to what is known of each row's distribution.
+
+    sizes: rows, block, first, k, watched. kept_at: of every row the largest logit, Σe, Σe·logit and Σe·logit of the
+    final distribution's e, where e = exp(logit − largest); the k largest logits; their ids. seen_at: logits of the
+    watched tokens of every row, how many others exceed them, which tokens they are. final: these are the rows of the
+    final distribution: its e are written to `share`, and by what its sums so far shrink to `shift`. one: of the type
+    that is computed in.
+    """
+    rows, width, first, k, watched = sizes
+    logits, share = carray(pointer(logits_at, like), (rows, width)), carray(pointer(share_at, one), (rows, width))
+    shift, sums = carray(pointer(shift_at, one), rows), carray(pointer(kept_at[0], one), (rows, 4))
+    best, best_id = carray(pointer(kept_at[1], one), (rows, k)), carray(pointer(kept_at[2], rows), (rows, k))
+    seen, above = carray(pointer(seen_at[0], one), (rows, watched)), carray(pointer(seen_at[1], rows), (rows, watched))
+    watch = carray(pointer(seen_at[2], rows), watched)
+    for i in prange(rows):
+        row, here = logits[i], largest(logits[i])
+        top = max(sums[i, 0], here)
+        total, along, crossed = whole(0, one), whole(0, one), whole(0, one)
+        if final:
+            for j in range(width):
+                x = wide(row[j])
+                e = exp(x - top)
+                share[i, j] = e
+                total += e
+                along += e * x
+            crossed = along
+        else:
+            for j in range(width):
+                x = wide(row[j])
+                e = exp(x - top)
+                total += e
+                along += e * x
+                crossed += share[i, j] * x
+        for w in range(watched):
+            n = 0
+            for j in range(width):
+                n += wide(row[j]) > seen[i, w]
+            at = watch[w] - first
+            if at >= 0 and at < width and wide(row[at]) > seen[i, w]:
+                n -= 1
+            above[i, w] += n
+        if here > best[i, k - 1]:
+            for start in range(0, width, 128):
+                _keep_likeliest(row[start : min(start + 128, width)], first + start, best[i], best_id[i])
+        for j in range(i, i + 1):
+            if final:
+                shift[j] = exp(sums[j, 0] - top)
+            shrunk = exp(sums[j, 0] - top)
+            sums[j, 0] = top
+            sums[j, 1] = sums[j, 1] * shrunk + total
+            sums[j, 2] = sums[j, 2] * shrunk + along
+            sums[j, 3] = sums[j, 3] * shift[j] + crossed

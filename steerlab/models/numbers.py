@@ -31,6 +31,7 @@ if sys.platform == "linux":  # one pool of threads: numba's own would take the c
 
 _MATH = {"contract", "nsz", "arcp", "reassoc"}
 serial = njit(fastmath=_MATH, error_model="numpy", inline="always", cache=True)
+called = njit(fastmath=_MATH, error_model="numpy", cache=True)  # not written out in numba's own form
 parallel = njit(fastmath=_MATH, error_model="numpy", parallel=True, nogil=True, cache=True)
 
 

@@ -6,7 +6,7 @@ gradients of weights (models are frozen) and second derivatives.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor, nn
 
 from steerlab.models import attention_kernels, kernels, numbers
 from steerlab.models.vectors import CHUNK, LANES
+
+if TYPE_CHECKING:
+    from steerlab.models.distributions import Final, Known
 
 _STORED = {torch.bfloat16: np.uint16(0), torch.float32: np.float32(0), torch.float64: np.float64(0)}
 _EXACT = {torch.bfloat16: np.float32, torch.float32: np.float32, torch.float64: np.float64}
@@ -282,6 +285,32 @@ def logprobs(
     at = logits.data_ptr(), targets.data_ptr(), out.data_ptr()
     kernels.logprobs(*at, tuple(logits.shape), _EXACT[dtype](1 / temperature), slopes, _STORED[dtype])
     return out
+
+
+def absorb(
+    logits: Float[Tensor, "row token"],
+    first: int,
+    known: Known,
+    final: Final,
+    watch: Int[Tensor, " watched"],
+    is_final: bool,
+) -> None:
+    """`distributions.absorb` in one pass."""
+    logits, (rows, width), dtype = logits.contiguous(), logits.shape, logits.dtype
+    share = final.share if width == final.share.shape[1] else final.share[:, :width].contiguous()
+    kernels.read_logits(
+        logits.data_ptr(),
+        share.data_ptr(),
+        final.shift.data_ptr(),
+        (known.sums.data_ptr(), known.best.data_ptr(), known.best_ids.data_ptr()),
+        (known.seen.data_ptr(), known.above.data_ptr(), watch.data_ptr()),
+        (rows, width, first, known.best.shape[1], len(watch)),
+        is_final,
+        _EXACT[dtype](1),
+        _STORED[dtype],
+    )
+    if is_final and share is not final.share:
+        final.share[:, :width] = share
 
 
 def scratch_size(rows: int, heads: int, d: int, prompt_value: Tensor, own_value: Tensor) -> int:

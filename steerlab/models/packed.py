@@ -21,6 +21,7 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from steerlab.models.sites import architecture
@@ -39,6 +40,14 @@ Products = Literal["plain", "packed"]
 
 def _product(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def product(
+    weight: Float[Tensor, "d_out d_in"], bias: Float[Tensor, " d_out"] | None, rows: int = ROWS
+) -> Callable[[Tensor], Tensor]:
+    """x ↦ x Wᵀ + b with a laid out copy of a weight, for about so many rows; where `able`."""
+    copy = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), rows)
+    return lambda x: _product(x, copy, bias)
 
 
 class _Siblings:

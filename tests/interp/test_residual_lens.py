@@ -11,7 +11,7 @@ import torch
 
 from steerlab.adapters import Scope, SteeringVectors
 from steerlab.errors import RunFailed, UsageError
-from steerlab.interp.residual_lens import residual_lens, top
+from steerlab.interp.residual_lens import residual_lens
 from steerlab.interp.texts import Text, contrasts
 from steerlab.models import LanguageModel, Site, tiny
 
@@ -80,14 +80,6 @@ def test_scopes_are_kept(exact: Exact, vectors: Vectors, texts: list[Text]) -> N
     same = np.isclose(both["base"], both["steered"], atol=1e-12)
     prompt = both.index.get_level_values("position") < 3
     assert same[prompt].all() and not same[~prompt].all()
-
-
-@pytest.mark.parametrize("size", [10, 128, 1000, 1283])
-def test_top_is_topk(size: int) -> None:
-    z = torch.randn(7, size, generator=torch.Generator().manual_seed(size))
-    ids, values = top(z, 5)
-    wanted = z.topk(5)
-    assert torch.equal(ids, wanted.indices) and torch.equal(values, wanted.values)
 
 
 def test_contrasts_are_of_equal_length(exact: Exact, vectors: Vectors) -> None:
