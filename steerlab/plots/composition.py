@@ -17,6 +17,7 @@ TITLES = {
     "relative": "Gain of a pair, as a share of what vectors trained together gain",
 }
 CROSSED = 0.99
+WORDED = 10  # layers, up to which every cell has its number
 _SHORT = {"random": "random directions of equal lengths", "trained": "trained"}
 _LEVELS = {
     "base": "base",
@@ -28,7 +29,7 @@ _LEVELS = {
 
 def composition(df: pd.DataFrame, quantity: str = "gain") -> go.Figure:
     """Layer i by row, layer j by column, a panel per condition. On the diagonal the score of the vector by itself, in
-    per cent; × where `relative` is above 0.99; grey where there is nothing. Raises UsageError for an unknown quantity
+    per cent, as are the numbers in cells of few layers; × where `relative` is above 0.99; grey where there is nothing. Raises UsageError for an unknown quantity
     or an empty table."""
     tables.check(df, "composition")
     if quantity not in TITLES:
@@ -82,14 +83,16 @@ def composition(df: pd.DataFrame, quantity: str = "gain") -> go.Figure:
 
 
 def _grid(part: pd.DataFrame, layers: list[int], quantity: str, signed: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Values above the diagonal, and the words on it."""
+    """Values above the diagonal, and the words: on the diagonal, and where there is room in every cell, per cent."""
     place = {layer: n for n, layer in enumerate(layers)}
     grid = np.full((len(layers), len(layers)), np.nan)
     words = np.full(grid.shape, "", dtype=object)
     for record in part.to_dict("records"):
         i, j = place[record["layer_i"]], place[record["layer_j"]]
         if i != j:
-            grid[i, j] = record[quantity]
+            grid[i, j] = value = record[quantity]
+            if len(layers) <= WORDED and np.isfinite(value):
+                words[i, j] = (f"{100 * value:+.0f}" if signed else f"{100 * value:.0f}").replace("-", "−")
         else:
             grid[i, i] = 0.0 if signed else record["value"]
             words[i, i] = f"{100 * record['value']:.0f}"

@@ -12,6 +12,7 @@ from steerlab.errors import UsageError
 from steerlab.plots.house import COLOURS, HOUSE, band, label, words
 
 SHUFFLED = "#6b7280"
+TICKED = 10  # layers, up to which each has a tick
 
 
 def directions(df: pd.DataFrame) -> go.Figure:
@@ -49,7 +50,9 @@ def directions(df: pd.DataFrame) -> go.Figure:
                 row=1,
                 col=column,
             )
-        made.update_xaxes(title_text="layer (0-based)", row=1, col=column)
+        layers = sorted(set(part["layer"]))
+        ticks = {"tickvals": layers} if len(layers) <= TICKED else {}
+        made.update_xaxes(title_text="layer (0-based)", **ticks, row=1, col=column)
     made.update_yaxes(range=[-0.02, 1.02])
     return made.update_yaxes(title_text="held-out AUROC (share of pairs)", row=1, col=1)
 
