@@ -29,8 +29,8 @@ _LEVELS = {
 
 def composition(df: pd.DataFrame, quantity: str = "gain") -> go.Figure:
     """Layer i by row, layer j by column, a panel per condition. On the diagonal the score of the vector by itself, in
-    per cent, as are the numbers in cells of few layers; × where `relative` is above 0.99; grey where there is nothing. Raises UsageError for an unknown quantity
-    or an empty table."""
+    per cent, as are the numbers in cells of few layers; × where `relative` is above 0.99; grey where there is nothing.
+    Raises UsageError for an unknown quantity or an empty table."""
     tables.check(df, "composition")
     if quantity not in TITLES:
         raise unknown("quantity", quantity, tuple(TITLES))
