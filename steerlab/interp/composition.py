@@ -192,22 +192,31 @@ def _greedy(asking: _Asking, selection: Evaluation) -> list[tuple[tuple[int, ...
     path: list[tuple[tuple[int, ...], Scores]] = [((), asking.scores({"base": [None]}, selection)["base"])]
     while len(path[-1][0]) < len(asking.layers):
         chosen, before = path[-1]
-        tried = {str(layer): asking.at([*chosen, layer]) for layer in asking.layers if layer not in chosen}
-        scores = asking.scores(tried, selection)
+        tried = {_grown(chosen, layer): layer for layer in asking.layers if layer not in chosen}
+        scores = asking.scores({name: asking.at([*chosen, layer]) for name, layer in tried.items()}, selection)
         best = max(scores, key=lambda name: scores[name].mean())
         if scores[best].mean() <= before.mean():
             break
-        path.append(((*chosen, int(best)), scores[best]))
+        path.append(((*chosen, tried[best]), scores[best]))
     return path
+
+
+def _grown(chosen: Sequence[int], layer: int) -> str:
+    """How progress calls a step of greedy."""
+    return " ".join(str(of) for of in ("greedy", *chosen, layer))
 
 
 def _greedy_rows(
     asking: _Asking, path: Sequence[tuple[tuple[int, ...], Scores]], selection: Evaluation
 ) -> list[dict[str, object]]:
     """Every step of the path on the split where it was chosen, and on the one where it was not."""
-    held_out = asking.scores({str(len(layers)): asking.at(layers) for layers, _ in path})
+    names = [_grown(layers[:-1], layers[-1]) if layers else "base" for layers, _ in path]
+    held_out = asking.scores({name: asking.at(layers) for name, (layers, _) in zip(names, path, strict=True)})
     rows = [_set_row("greedy", layers, selection, score) for layers, score in path]
-    return rows + [_set_row("greedy", layers, asking.evaluation, held_out[str(len(layers))]) for layers, _ in path]
+    return rows + [
+        _set_row("greedy", layers, asking.evaluation, held_out[name])
+        for name, (layers, _) in zip(names, path, strict=True)
+    ]
 
 
 def agreement(pairs: pd.DataFrame, followed: pd.DataFrame, *, seed: int = 0, resamples: int = 2_000) -> pd.DataFrame:
