@@ -31,8 +31,8 @@ from steerlab.interp.persistence import persistence
 from steerlab.interp.residual_lens import residual_lens
 from steerlab.interp.texts import Text
 from steerlab.models import Site
-from steerlab.models.distributions import Vocabulary
 from steerlab.models.bridges import to_transformer_lens
+from steerlab.models.distributions import Vocabulary
 from steerlab.runs import give_back_memory
 
 if TYPE_CHECKING:

@@ -41,9 +41,10 @@ SECOND = "gemma3-270m"
 
 @dataclass(frozen=True)
 class Options(bank.Options):
-    """samples: of each problem under each set."""
+    """samples: of each problem under each set. grid: the grid within one model; without it only the second family."""
 
     samples: int = 4
+    grid: bool = True
 
 
 def main(options: Options) -> pd.DataFrame:
@@ -60,12 +61,14 @@ def main(options: Options) -> pd.DataFrame:
     everywhere = {"one digit": found.task, **tasks}
     donors = [Donor(name, found.model, of) for name, of in sets.items()]
     recipients = [Recipient(name, found.model, task, sets[name]) for name, task in everywhere.items()]
-    with Progress() as progress:
-        told = transfer(donors, recipients, evaluation, done=progress.answered)
-    tables = [kept(options, "transfer", told, found.model)]
+    tables = []
+    if options.grid:
+        with Progress() as progress:
+            told = transfer(donors, recipients, evaluation, done=progress.answered)
+        tables.append(kept(options, "transfer", told, found.model))
     if tiny or not installed():
         print(f"second family: left out, {'the scale is tiny' if tiny else f'{SECOND} is not installed'}")
-        return tables[0]
+        return pd.concat(tables, ignore_index=True)
     other = load(SECOND, dtype=found.model.dtype)
     own = trained(options, SECOND, tasks["plain"], other, seeds)
     texts = [f"{p.question} {p.answer}" for task in everywhere.values() for p in task.problems("train")]
