@@ -4,6 +4,7 @@ from steerlab.adapters.adapter import Adapter, AdapterSpec, Attached, Layout
 from steerlab.adapters.lora import LoRA, LoRAWeights
 from steerlab.adapters.scopes import Scope
 from steerlab.adapters.steering import RowBank, Steering, SteeringVectors
+from steerlab.adapters.translators import Translators, TunedLens
 
 __all__ = [
     "Adapter",
@@ -16,4 +17,6 @@ __all__ = [
     "Scope",
     "Steering",
     "SteeringVectors",
+    "Translators",
+    "TunedLens",
 ]

@@ -55,6 +55,15 @@ class Attached(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Everywhere:
+    """An attached adapter that does the same to every row and token: it need not be told where they stand."""
+
+    first_blocks: tuple[int, ...]
+
+    def place(self, members: Int[Tensor, "batch new"] | None, layout: Layout | None) -> None: ...
+
+
 @runtime_checkable
 class Adapter(Protocol):
     """A trainable addition to a frozen model."""

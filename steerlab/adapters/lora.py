@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from steerlab.adapters.adapter import Layout
+from steerlab.adapters.adapter import Everywhere, Layout
 from steerlab.adapters.steering import check_layers
 from steerlab.errors import UsageError, unknown
 from steerlab.models import LanguageModel
@@ -250,15 +250,6 @@ class LoRAWeights:
                     f"the LoRA at {path} has shapes {tuple(down.shape)} and {tuple(up.shape)}, {model.name} needs "
                     f"({self.spec.rank}, {d_in}) and ({d_out}, {self.spec.rank}); it belongs to another model"
                 )
-
-
-@dataclass(frozen=True)
-class Everywhere:
-    """An attached adapter that does the same to every row and token: it need not be told where they stand."""
-
-    first_blocks: tuple[int, ...]
-
-    def place(self, members: Int[Tensor, "batch new"] | None, layout: Layout | None) -> None: ...
 
 
 def _adding(down: Tensor, up: Tensor, scale: float) -> Any:

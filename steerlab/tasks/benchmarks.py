@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from steerlab.corpus import DATA_VARIABLE
 from steerlab.errors import UsageError
 from steerlab.tasks.ifeval import Follows
 from steerlab.tasks.reading import HUB, SUFFIXES
@@ -19,7 +20,6 @@ from steerlab.tasks.records import Columns, Place, Records
 from steerlab.tasks.task import Layout, ProblemSet, Verifier
 from steerlab.tasks.verifiers import Boxed, FinalText, LastNumber
 
-DATA_VARIABLE = "STEERLAB_DATA"
 Where = tuple[tuple[str, str], ...]
 _CHAT = Layout()
 

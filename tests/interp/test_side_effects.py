@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from steerlab.adapters import SteeringVectors
+from steerlab.corpus import OWN
 from steerlab.errors import UsageError
 from steerlab.interp import side_effects as effects
-from steerlab.interp.neutral import OWN, Neutral, neutral
+from steerlab.interp.neutral import Neutral, neutral
 from steerlab.interp.side_effects import side_effects
 from steerlab.interp.texts import Text
 from steerlab.models import LanguageModel

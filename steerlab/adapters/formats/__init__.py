@@ -1,7 +1,7 @@
 """Adapters on disk: the format is chosen by what is saved and by the file's suffix; one module per format.
 
 Steering vectors: `.safetensors` is our own (provenance and checksum), `.npy` the papers' authors'. A LoRA is a folder
-as PEFT has it. Nothing here loads a pickle.
+as PEFT has it, a tuned lens one as tuned-lens has it. Nothing here loads a pickle.
 """
 
 from __future__ import annotations
@@ -12,16 +12,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from steerlab.adapters.adapter import Adapter
-from steerlab.adapters.formats import npy, own, peft
+from steerlab.adapters.formats import npy, own, peft, tuned_lens
 from steerlab.adapters.formats.own import Provenance
 from steerlab.adapters.lora import LoRAWeights
 from steerlab.adapters.steering import SteeringVectors
+from steerlab.adapters.translators import TunedLens
 from steerlab.errors import UsageError
 
 if TYPE_CHECKING:
     from steerlab.models import LanguageModel
 
-__all__ = ["FORMATS", "Format", "Provenance", "file_name", "is_peft", "load", "load_adapter", "provenance", "save"]
+__all__ = [
+    "FORMATS",
+    "Format",
+    "Provenance",
+    "file_name",
+    "is_peft",
+    "load",
+    "load_adapter",
+    "load_tuned_lens",
+    "provenance",
+    "save",
+]
 
 
 @dataclass(frozen=True)
@@ -33,7 +45,7 @@ class Format:
 
 
 FORMATS = {".safetensors": Format(own.save, own.load), ".npy": Format(npy.save, npy.load)}
-FILE_NAMES: dict[type, str] = {SteeringVectors: "vectors.safetensors", LoRAWeights: "adapter"}
+FILE_NAMES: dict[type, str] = {SteeringVectors: "vectors.safetensors", LoRAWeights: "adapter", TunedLens: "tuned_lens"}
 
 
 def file_name(adapter: Adapter) -> str:
@@ -47,14 +59,17 @@ def no_format(adapter: Adapter) -> UsageError:
     return UsageError(f"{type(adapter).__name__} has no file format; the run's checkpoint holds its tensors")
 
 
-def save(path: str | Path, adapter: Adapter, provenance: Provenance) -> None:
-    """Writes a file of vectors, or a folder for a LoRA; whole or not at all.
+def save(path: str | Path, adapter: Adapter, provenance: Provenance, unembed_hash: str | None = None) -> None:
+    """Writes a file of vectors, or a folder for a LoRA or a tuned lens; whole or not at all.
 
-    Raises UsageError if the format cannot hold this adapter.
+    unembed_hash: of the model's head, which tuned-lens looks for. Raises UsageError if the format cannot hold this
+    adapter.
     """
     path = Path(path)
     if isinstance(adapter, LoRAWeights):
         peft.save(path, adapter, provenance)
+    elif isinstance(adapter, TunedLens):
+        tuned_lens.save(path, adapter, provenance, unembed_hash)
     elif isinstance(adapter, SteeringVectors):
         _format(path).save(path, adapter, provenance)
     else:
@@ -64,9 +79,21 @@ def save(path: str | Path, adapter: Adapter, provenance: Provenance) -> None:
 def load_adapter(
     path: str | Path, model: LanguageModel | None = None, allow_other_weights: bool = False
 ) -> SteeringVectors | LoRAWeights:
-    """What `load` gives for a file, and for a folder of PEFT a LoRA, checked in the same way."""
+    """What `load` gives for a file, and for a folder of PEFT a LoRA, checked in the same way. Raises UsageError for a
+    tuned lens, which changes nothing that a model says."""
     path = Path(path)
+    if (path / tuned_lens.TENSORS).exists():
+        raise UsageError(
+            f"{path} is a tuned lens, nothing that steers; read it with: steerlab lens RUN --stream --tuned"
+        )
     return peft.load(path, model, allow_other_weights) if path.is_dir() else load(path, model, allow_other_weights)
+
+
+def load_tuned_lens(
+    path: str | Path, model: LanguageModel | None = None, allow_other_weights: bool = False
+) -> TunedLens:
+    """A tuned lens from a folder of tuned-lens or of ours, checked in the same way."""
+    return tuned_lens.load(Path(path), model, allow_other_weights)
 
 
 def is_peft(path: str | Path) -> bool:

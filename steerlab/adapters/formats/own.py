@@ -34,7 +34,8 @@ _PREFIX = "vectors."
 
 @dataclass(frozen=True)
 class Provenance:
-    """Which model the vectors belong to and how they were trained; empty text and None where it is not known."""
+    """Which model an adapter belongs to and how it was trained; empty text and None where it is not known. corpus:
+    name and digest of the text that it was trained on, if any."""
 
     model: str
     weights_sha256: str
@@ -45,10 +46,18 @@ class Provenance:
     recipe: str = ""
     reward: str = ""
     seed: int | None = None
+    corpus: str | None = None
 
     @classmethod
-    def of(cls, model: LanguageModel, recipe: str = "", reward: str = "", seed: int | None = None) -> Provenance:
-        """Provenance of vectors trained on `model`."""
+    def of(
+        cls,
+        model: LanguageModel,
+        recipe: str = "",
+        reward: str = "",
+        seed: int | None = None,
+        corpus: str | None = None,
+    ) -> Provenance:
+        """Provenance of what was trained on `model`."""
         return cls(
             model=model.name,
             weights_sha256=model.weights_sha256,
@@ -59,6 +68,7 @@ class Provenance:
             recipe=recipe,
             reward=reward,
             seed=seed,
+            corpus=corpus,
         )
 
 
