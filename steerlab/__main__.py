@@ -91,11 +91,11 @@ def overview() -> int:
 
 
 def train(words: list[str]) -> int:
-    """Train steering vectors by a recipe, evaluate them beside the baselines, write the report."""
+    """Train vectors (or a lens) by a recipe, evaluate them beside the baselines, write the report."""
     from steerlab.recipes import RECIPES
 
     if not words or words[0] in ("-h", "--help"):
-        tell(f"usage: steerlab train RECIPE --task NAME [OPTIONS]\n\n{summary(train)}\n\nrecipes:")
+        tell(f"usage: steerlab train RECIPE [--task NAME] [OPTIONS]\n\n{summary(train)}\n\nrecipes:")
         tell_names([(name, summary(recipe)) for name, recipe in RECIPES.items()])
         tell("\nsteerlab train RECIPE --help shows its options; --plan says first what a run would cost.")
         return 0
@@ -127,7 +127,7 @@ def quickstart(
     experiment = rloo(task, model, seed=seed)
     if scale == "tiny":
         experiment = rloo(task, model, seed=seed, steps=3, prompts=4, samples=4, max_new_tokens=8)
-        experiment = replace(experiment, evaluation=replace(experiment.evaluation, limit=8, samples=2))
+        experiment = replace(experiment, evaluation=replace(experiment.answers, limit=8, samples=2))
     code = carry_out(out, lambda progress: execute.execute(experiment, out, reporter=progress))
     tell(f'\nnext:  steerlab generate {out} --prompt "What is 3 + 4?" --base\n       steerlab lens {out}')
     return code
@@ -156,7 +156,11 @@ def carry_out(folder: str, work: Callable[[Any], Run]) -> int:
         show.layers(console(), run.table("layers"), run.table("scores"))
         tell(f"figure: {run.path('figures') / 'layers.html'}")
         return 0
-    show.scores(console(), run.table("scores"), run.table("completions"))
+    made = run.tables()
+    if "scores" in made:
+        show.scores(console(), run.table("scores"), run.table("completions"))
+    if "lens_fit" in made:
+        show.lens_fit(console(), run.table("lens_fit"))
     tell(f"report: {run.path('report.html')}")
     return 0
 
@@ -207,7 +211,7 @@ def evaluate(
         raise UsageError("--task-option needs --task; the run's own task has its options already")
     about = subject(target, model, dtype, allow_other_weights)
     before = about.experiment
-    limit_tokens = max_new_tokens or (before.evaluation.sampling.max_new_tokens if before else 32)
+    limit_tokens = max_new_tokens or (before.answers.sampling.max_new_tokens if before else 32)
     evaluation = Evaluation(
         split=split,
         samples=samples,

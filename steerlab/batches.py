@@ -1,18 +1,50 @@
 """What a source hands to an objective: plain tensors with names and shapes, no behaviour of their own.
 
 A `RolloutBatch` keeps each prompt once and says which prompt every row continues, so that everything
-downstream can compute a prompt once per group. Pair, token and activation batches arrive with the methods
-that need them.
+downstream can compute a prompt once per group. A `TokenBatch` is running text. `Batch` is what the loop asks of
+either. Pair and activation batches arrive with the methods that need them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol, Self, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+
+@runtime_checkable
+class Batch(Protocol):
+    """What the training loop asks of a batch, whatever is in it."""
+
+    @property
+    def denominator(self) -> float | None:
+        """What the loss sum is divided by, fixed over the whole batch; None until an objective has prepared it."""
+        ...
+
+    @property
+    def n_fed(self) -> int:
+        """Tokens that a forward pass over it reads."""
+        ...
+
+    def __len__(self) -> int:
+        """Rows."""
+        ...
+
+    def over(self, denominator: float | None) -> Self:
+        """The same with this denominator."""
+        ...
+
+    def micro_batches(self, token_budget: int) -> Iterator[Self]:
+        """Pieces that read at most `token_budget` tokens each, or are one row."""
+        ...
+
+    def idle(self) -> Self:
+        """One row whose loss is a number of no meaning: for a pass that is made for others' sake."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -77,6 +109,17 @@ class RolloutBatch:
         return int(self.lengths.sum())
 
     @property
+    def n_fed(self) -> int:
+        """Prompts, each once, and completions."""
+        return sum(map(len, self.prompts)) + self.n_tokens
+
+    def over(self, denominator: float | None) -> RolloutBatch:
+        return replace(self, denominator=denominator)
+
+    def idle(self) -> RolloutBatch:
+        return replace(self.select(torch.tensor([0])), advantages=torch.zeros(1), denominator=1.0)
+
+    @property
     def mask(self) -> Bool[Tensor, "row pos"]:
         """True on completion tokens, False on padding."""
         return torch.arange(self.completions.shape[1]) < self.lengths[:, None]
@@ -134,3 +177,44 @@ class RolloutBatch:
             n = max(1, int((self.lengths[rows].cumsum(0) <= room).sum()))
             yield rows[:n]
             rows = rows[n:]
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Rows of running text, of equal length.
+
+    tokens: token ids. counted: the positions at which the loss is taken; the others are context.
+    denominator: what the loss sum is divided by, fixed over the whole batch; None until prepared.
+    """
+
+    tokens: Int[Tensor, "row pos"]
+    counted: Bool[Tensor, "row pos"]
+    denominator: float | None = None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    @property
+    def n_tokens(self) -> int:
+        """Positions that count."""
+        return int(self.counted.sum())
+
+    @property
+    def n_fed(self) -> int:
+        return self.tokens.numel()
+
+    def over(self, denominator: float | None) -> TokenBatch:
+        return replace(self, denominator=denominator)
+
+    def select(self, rows: Int[Tensor, " kept"] | slice) -> TokenBatch:
+        """The given rows."""
+        return replace(self, tokens=self.tokens[rows], counted=self.counted[rows])
+
+    def micro_batches(self, token_budget: int) -> Iterator[TokenBatch]:
+        """Neighbouring rows, as many as fit `token_budget`; one row is always let through."""
+        together = max(1, token_budget // max(1, self.tokens.shape[1]))
+        for start in range(0, len(self), together):
+            yield self.select(slice(start, start + together))
+
+    def idle(self) -> TokenBatch:
+        return self.select(slice(0, 1)).over(1.0)

@@ -29,8 +29,9 @@ from typing import Any
 import torch
 
 from steerlab.errors import RunFailed, UsageError
-from steerlab.execute import Reporter, dtype_of
+from steerlab.execute import dtype_of
 from steerlab.models import LanguageModel, load
+from steerlab.progress import Reporter
 from steerlab.runs import Run, atomic_write
 from steerlab.training import Experiment
 

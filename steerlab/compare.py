@@ -14,8 +14,10 @@ import pandas as pd
 
 from steerlab.cluster import connected, on_cluster
 from steerlab.errors import UsageError
-from steerlab.execute import Reporter, Silent, check, execute, lay_out
+from steerlab.execute import execute, lay_out
+from steerlab.held_out import check
 from steerlab.models import LanguageModel, load
+from steerlab.progress import Reporter, Silent
 from steerlab.rollouts import summarise
 from steerlab.runs import Run
 from steerlab.training import Experiment

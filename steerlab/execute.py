@@ -10,61 +10,29 @@ from __future__ import annotations
 import contextlib
 import resource
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
-import pandas as pd
 import torch
 
-from steerlab import tables
+from steerlab import held_out, tables
 from steerlab.adapters import Adapter, SteeringVectors, formats
-from steerlab.batches import RolloutBatch
 from steerlab.errors import UsageError
 from steerlab.interp.geometry import cosine_matrix, norms, singular_values, stable_rank
 from steerlab.interp.logit_lens import logit_lens
 from steerlab.models import LanguageModel, load
 from steerlab.plots import geometry as plot_geometry
 from steerlab.plots import logit_lens as plot_lens
-from steerlab.plots import scores as plot_scores
 from steerlab.plots import training as plot_training
+from steerlab.progress import Reporter, Silent
 from steerlab.report import from_run
-from steerlab.rollouts import Condition, Evaluation, Policy, Rows, Sampling, evaluate, summarise
-from steerlab.rollouts.sampler import stop_tokens
-from steerlab.runs import CostLedger, Run, atomic_write, encode
-from steerlab.tasks import Problem, Task
-from steerlab.tasks import encode as encode_prompt
-from steerlab.training import Experiment, Rollouts, StepDone, Trainer
+from steerlab.rollouts import Policy, Rows, Sampling
+from steerlab.runs import CostLedger, Run, atomic_write
+from steerlab.training import Experiment, Trainer
 from steerlab.training.sharding import ShardedPolicy, Shards
-from steerlab.training.world import ALONE, World
+from steerlab.training.world import World
 
 OF_THE_MACHINE = ("tokens_per_s", "wall_s", "time", "token_budget")
-
-
-@runtime_checkable
-class Reporter(Protocol):
-    """Hears what a run is doing; decides nothing."""
-
-    def stage(self, text: str) -> None: ...
-
-    def step(self, done: StepDone) -> None: ...
-
-    def notice(self, text: str) -> None: ...
-
-    def answered(self, condition: str, completions: int) -> None: ...
-
-
-class Silent:
-    """A reporter that says nothing."""
-
-    def stage(self, text: str) -> None: ...
-
-    def step(self, done: StepDone) -> None: ...
-
-    def notice(self, text: str) -> None: ...
-
-    def answered(self, condition: str, completions: int) -> None: ...
 
 
 def execute(
@@ -100,7 +68,7 @@ def execute_in(
     model = model or world.leader_first(lambda: load(experiment.model, dtype=experiment.dtype))
     adapter = experiment.adapter.init(model, torch.Generator().manual_seed(experiment.seed))
     formats.file_name(adapter)  # one that could not be saved is refused before it is trained
-    check(experiment, model, world)
+    held_out.check(experiment, model, world)
     shards = Shards(model, world) if shard else None
     run = world.from_leader(lambda: begin(experiment, folder, model))
     if run.manifest["status"] == "done":
@@ -116,7 +84,9 @@ def execute_in(
         save_adapter(run, model, experiment, adapter)
         run.update(status="evaluating")
     with trainer.ledger.time("evaluate_s"):
-        evaluate_run(run, policy, experiment, reporter, world, shards)
+        found = held_out.evaluate(policy, experiment, reporter, world, shards)
+        if world.leads:
+            found.save(run)
     return world.from_leader(lambda: finish(run, model, adapter, trainer.ledger, reporter))
 
 
@@ -124,7 +94,7 @@ def finish(run: Run, model: LanguageModel, adapter: Adapter, ledger: CostLedger,
     """What is left once a run is trained and evaluated: its cost, its readings, its page. Returns the run, done."""
     ledger.peak_memory_bytes = peak_memory_bytes()
     run.update(cost=ledger.to_dict())
-    reporter.stage("reading the vectors")
+    reporter.stage("reading what was trained")
     read_run(run, model, adapter)
     write_report(run)
     run.update(status="done")
@@ -168,49 +138,6 @@ def training_of(run: Run) -> Experiment:
     return found
 
 
-def check(experiment: Experiment, model: LanguageModel, world: World = ALONE) -> None:
-    """Refuse what would only fail later, while nothing is written yet: no problems, prompts that do not fit, too few
-    examples for the few-shot baseline, groups too small for the advantage. Raises UsageError.
-    """
-    source, evaluation = experiment.source, experiment.evaluation
-    source.open(Policy(model), experiment.seed, CostLedger(), world)
-    problems = evaluation.problems(source.task)
-    for condition in evaluation.baselines(source.task).values():
-        refuse_long(model, condition.task, problems, condition.sampling)
-    if isinstance(source, Rollouts):
-        for name, value in (("prompts", source.prompts), ("samples", source.samples), ("max_rows", source.max_rows)):
-            if value < 1:
-                raise UsageError(f"{name} is {value}; it must be at least 1")
-        refuse_long(model, source.task, source.task.problems("train"), source.sampling)
-        experiment.objective.prepare(one_group(source.samples))
-
-
-def refuse_long(model: LanguageModel, task: Task, problems: Sequence[Problem], sampling: Sampling) -> None:
-    """UsageError if a prompt with its completion exceeds the context, or a stop text is no single token."""
-    stop_tokens(model, sampling)
-    for problem in problems:
-        n_tokens = len(encode_prompt(task.prompt(problem), model.tokenizer))
-        if n_tokens + sampling.max_new_tokens > model.context:
-            raise UsageError(
-                f"problem {problem.id} of {task.name} has {n_tokens} prompt tokens, with {sampling.max_new_tokens} new "
-                f"ones more than the context of {model.name} ({model.context}); lower max_new_tokens or leave it out"
-            )
-
-
-def one_group(samples: int) -> RolloutBatch:
-    """A batch of one prompt and `samples` completions of one token: what an objective says of it holds for all."""
-    column = torch.zeros(samples, 1)
-    return RolloutBatch(
-        prompts=((0,),),
-        group=torch.zeros(samples, dtype=torch.long),
-        completions=column.long(),
-        lengths=torch.ones(samples, dtype=torch.long),
-        logprobs=column,
-        rewards=torch.arange(samples) % 2.0,
-        correct=torch.zeros(samples, dtype=torch.bool),
-    )
-
-
 def begin(experiment: Experiment, folder: str | Path, model: LanguageModel, stored: object = None) -> Run:
     """The run's folder, new or found again. A folder that could not be begun is not left behind empty.
 
@@ -227,7 +154,7 @@ def begin(experiment: Experiment, folder: str | Path, model: LanguageModel, stor
             threads=torch.get_num_threads(),
             seed=experiment.seed,
             recipe=experiment.recipe,
-            task=experiment.source.task.name,
+            **experiment.source.facts,
             status="created",
         )
     except UsageError:
@@ -271,10 +198,18 @@ def same_machine(run: Run, model: LanguageModel) -> None:
 
 
 def save_adapter(run: Run, model: LanguageModel, experiment: Experiment, adapter: Adapter) -> None:
-    """What was trained, with its provenance: vectors.safetensors, or the folder adapter/ of a LoRA."""
-    reward = str(encode(experiment.source.task).get("rewards", experiment.source.task.name))
-    origin = formats.Provenance.of(model, recipe=experiment.recipe, reward=reward, seed=experiment.seed)
-    formats.save(run.path(formats.file_name(adapter)), adapter, origin)
+    """What was trained, with its provenance: vectors.safetensors, or a folder (of a LoRA, of a tuned lens)."""
+    facts = experiment.source.facts
+    origin = formats.Provenance.of(
+        model,
+        recipe=experiment.recipe,
+        reward=facts.get("reward", ""),
+        seed=experiment.seed,
+        corpus=facts.get("corpus"),
+        corpus_sha256=facts.get("corpus_sha256"),
+    )
+    unembed_hash = formats.tuned_lens.hash_of(model.unembedding.weight)
+    formats.save(run.path(formats.file_name(adapter)), adapter, origin, unembed_hash)
 
 
 def adapter_path(run: Run) -> Path | None:
@@ -283,64 +218,12 @@ def adapter_path(run: Run) -> Path | None:
     return next((place for place in places if place.exists()), None)
 
 
-def evaluate_run(
-    run: Run, policy: Policy, experiment: Experiment, reporter: Reporter, world: World, shards: Shards | None
-) -> None:
-    """Baselines and steered on the evaluation's problems; tables `completions` and `scores`, written by the leader."""
-    task, evaluation, adapter = experiment.source.task, experiment.evaluation, policy.adapter
-    assert adapter is not None  # it has just been trained
-    uneven = contextlib.nullcontext() if shards is None else shards.uneven()
-    conditions = {**evaluation.baselines(task), "steered": evaluation.steered(task, adapter)}
-    reporter.stage(f"evaluating {', '.join(conditions)}")
-    completions, scores = answer(policy.model, task, evaluation, conditions, reporter, world=world, during=uneven)
-    if world.leads:
-        run.save_table("completions", completions)
-        run.save_table("scores", scores)
-        run.save_figure("scores", plot_scores.scores(scores))
-
-
-def answer(
-    model: LanguageModel,
-    task: Task,
-    evaluation: Evaluation,
-    conditions: dict[str, Condition],
-    reporter: Reporter | None = None,
-    seeds: Sequence[int] = (),
-    world: World = ALONE,
-    during: AbstractContextManager[None] = contextlib.nullcontext(),
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Tables `completions` and `scores` of the given conditions, under one or several seeds (none: the evaluation's).
-
-    Greedy conditions say the same under every seed and are asked once. The processes of a world share the problems,
-    and all of them return the whole tables; `during` is open while they answer.
-    """
-    parts: list[pd.DataFrame] = []
-    problems = world.share(evaluation.problems(task))
-    with during:
-        for place, seed in enumerate(seeds or (evaluation.seed,)):
-            asked = {name: c for name, c in conditions.items() if place == 0 or c.sampling.temperature > 0}
-            if asked and problems:
-                parts.append(
-                    evaluate(
-                        model,
-                        problems,
-                        asked,
-                        split=evaluation.split,
-                        seed=seed,
-                        max_rows=evaluation.max_rows,
-                        done=None if reporter is None else reporter.answered,
-                    )
-                )
-    completions = pd.concat([table for part in world.gather(parts) for table in part], ignore_index=True)
-    heat = {name: condition.sampling.temperature for name, condition in conditions.items()}
-    return completions, summarise(completions, model=model.name, temperature=heat)
-
-
 def read_run(run: Run, model: LanguageModel, adapter: Adapter) -> None:
     """The learning curve and, of an adapter that is made of vectors, what they say; as tables and figures."""
     curve = tables.check(run.metrics().drop(columns=list(OF_THE_MACHINE), errors="ignore"), "curve")
     run.save_table("curve", curve)
-    run.save_figure("learning_curve", plot_training.learning_curve(curve))
+    draw = plot_training.learning_curve if "reward" in curve else plot_training.loss_curve
+    run.save_figure("learning_curve", draw(curve))
     if isinstance(adapter, SteeringVectors):
         read_vectors(run, model, adapter)
 

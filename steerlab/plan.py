@@ -179,7 +179,7 @@ class Plan:
         """Where the token budget comes from."""
         if self.experiment.token_budget is not None:
             return "as asked for"
-        most = memory.cap(self.experiment.source.longest_completion)
+        most = memory.cap(self.experiment.source.longest)
         return "the most by default" if self.token_budget == most else "for the memory free here and now"
 
     def rows(self) -> list[tuple[str, str]]:
@@ -233,12 +233,12 @@ def plan(experiment: Experiment, shape: Shape | None = None) -> Plan:
     Raises UsageError for a source that is not `Rollouts`, an adapter that is not `Steering`, and for anything wrong
     with the model or the task.
     """
-    source, evaluation = experiment.source, experiment.evaluation
+    source = experiment.source
     if not isinstance(source, Rollouts):
         raise UsageError(f"no plan for a source of kind {type(source).__name__}; leave out --plan")
     if not isinstance(experiment.adapter, Steering):
         raise UsageError(f"no plan for an adapter of kind {type(experiment.adapter).__name__}; leave out --plan")
-    shape = shape or shape_of(experiment.model, experiment.dtype)
+    shape, evaluation = shape or shape_of(experiment.model, experiment.dtype), experiment.answers
     layers = experiment.adapter.layers
     if layers is not None and not all(0 <= layer < shape.n_layers for layer in layers):
         raise UsageError(f"layers {list(layers)} do not all exist; {shape.name} has layers 0 to {shape.n_layers - 1}")
@@ -272,7 +272,7 @@ def plan_sweep(experiments: Sequence[Experiment], shape: Shape) -> Plan:
     Runs that share decode batches take fewer forward passes than this says, of more rows each.
     """
     first, n = plan(experiments[0], shape), len(experiments)
-    evaluation = replace(experiments[0].evaluation, base=False, greedy=False, shots=0)
+    evaluation = replace(experiments[0].answers, base=False, greedy=False, shots=0)
     steered = evaluation_work(shape, replace(experiments[0], evaluation=evaluation))
     trained = [trained_and_updates(shape, experiment, first.token_budget) for experiment in experiments]
     return replace(
@@ -308,7 +308,7 @@ def site_width(shape: Shape, site: str) -> int:
 
 def evaluation_work(shape: Shape, experiment: Experiment) -> Work:
     """The baselines and the steered model on the evaluation's problems."""
-    task, evaluation = experiment.source.task, experiment.evaluation
+    task, evaluation = experiment.task, experiment.answers
     problems = evaluation.problems(task)
     asked = [*evaluation.baselines(task).values(), Condition(None, task, evaluation.sampling, evaluation.samples)]
     total, n = Work(), len(problems)

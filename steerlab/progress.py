@@ -1,14 +1,15 @@
 """What a person sees while a run goes on: one live line on a terminal, plain lines in a log.
 
-Implements `execute.Reporter`. The line has the step, the reward and its moving mean, the share of groups with a signal,
-completion tokens per second, and the time that the remaining training steps will take at the pace of the last ones.
-A log gets at most one line per step, complete and flushed. Left out: pictures, and anything that decides.
+`Progress` is a `Reporter`. The line has the step, the reward (or the loss) and its moving mean, the share of groups
+with a signal, tokens per second, and the time that the remaining steps will take at the pace of the last ones. A log
+gets at most one line per step, complete and flushed. Left out: pictures, and anything that decides.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from types import TracebackType
+from typing import Protocol, runtime_checkable
 
 from rich.console import Console
 from rich.live import Live
@@ -17,6 +18,31 @@ from rich.text import Text
 from steerlab.training import StepDone
 
 PACE_STEPS = 10  # as many as the moving mean of the reward looks back
+
+
+@runtime_checkable
+class Reporter(Protocol):
+    """Hears what a run is doing; decides nothing."""
+
+    def stage(self, text: str) -> None: ...
+
+    def step(self, done: StepDone) -> None: ...
+
+    def notice(self, text: str) -> None: ...
+
+    def answered(self, condition: str, completions: int) -> None: ...
+
+
+class Silent:
+    """A reporter that says nothing."""
+
+    def stage(self, text: str) -> None: ...
+
+    def step(self, done: StepDone) -> None: ...
+
+    def notice(self, text: str) -> None: ...
+
+    def answered(self, condition: str, completions: int) -> None: ...
 
 
 class Progress:
@@ -84,6 +110,7 @@ def step_line(done: StepDone, pace_s: float) -> str:
     shown = [f"step {done.step + 1:>{len(str(done.steps))}}/{done.steps}"]
     shown += [f"reward {m['reward']:+.3f}"] if "reward" in m else []
     shown += [f"mean {m['reward_ema']:+.3f}"] if "reward_ema" in m else []
+    shown += [f"loss {m['loss']:.4f}  mean {m['loss_ema']:.4f}"] if "loss_ema" in m else []
     shown += [f"signal {m['signal_share']:.0%} of groups"] if "signal_share" in m else []
     shown += [f"{m['tokens_per_s']:.0f} tokens/s"] if "tokens_per_s" in m else []
     left = done.steps - done.step - 1

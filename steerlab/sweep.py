@@ -31,20 +31,18 @@ from steerlab.cluster import connected, on_cluster
 from steerlab.compare import pooled_completions
 from steerlab.errors import RunFailed, UsageError
 from steerlab.execute import (
-    Reporter,
-    Silent,
-    answer,
     begin,
-    check,
     dtype_of,
     finish,
     lay_out,
     same_machine,
     save_adapter,
 )
+from steerlab.held_out import answer, check
 from steerlab.models import LanguageModel, load
 from steerlab.plots import layers as plot_layers
 from steerlab.plots import scores as plot_scores
+from steerlab.progress import Reporter, Silent
 from steerlab.rollouts import Policy, summarise
 from steerlab.runs import CostLedger, Run
 from steerlab.training import Experiment, Trainer
@@ -209,13 +207,13 @@ def _carried_out(
 def baselines(home: Run, sweep: Sweep, model: LanguageModel, reporter: Reporter) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Completions and scores of what every layer is compared with; asked once and kept in the sweep's folder."""
     experiment = sweep.experiment
-    conditions = experiment.evaluation.baselines(experiment.source.task)
+    conditions = experiment.answers.baselines(experiment.task)
     if not conditions:
         return tables.empty("completions"), tables.empty("scores")
     if not {"completions", "scores"} <= set(home.tables()):
         reporter.stage(f"evaluating {', '.join(conditions)}")
         start = time.perf_counter()
-        completions, scores = answer(model, experiment.source.task, experiment.evaluation, conditions, reporter)
+        completions, scores = answer(model, experiment.task, experiment.answers, conditions, reporter)
         home.save_table("completions", completions)
         home.save_table("scores", scores)
         home.update(baselines_s=time.perf_counter() - start)
@@ -267,7 +265,7 @@ def evaluate_group(
     if not trainers:
         return
     first, start = next(iter(trainers.values())), time.perf_counter()
-    task, evaluation = first.experiment.source.task, first.experiment.evaluation
+    task, evaluation = first.experiment.task, first.experiment.answers
     conditions = {name: evaluation.steered(task, trainer.adapter) for name, trainer in trainers.items()}
     try:
         answers = answer(model, task, evaluation, conditions, reporter)

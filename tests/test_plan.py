@@ -175,7 +175,7 @@ def test_a_plan_is_read_in_two_columns(experiment: Experiment) -> None:
 
 
 def test_a_plan_says_its_micro_batches(experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> None:
-    most = memory.cap(experiment.source.longest_completion)
+    most = memory.cap(experiment.source.longest)
     assert most == memory.CAP_TOKENS + memory.LONG_ROWS * 6
     assert f"micro-batches of {most} tokens, the most by default" in dict(plan(experiment).rows())["updates"]
     asked = replace(experiment, token_budget=77)

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from steerlab.models import LanguageModel
     from steerlab.rollouts import Completions, Policy
     from steerlab.runs import CostLedger
-    from steerlab.tasks import Task
     from steerlab.training.sources import Drawn, Request
 
 COLUMNS = ("dtype", "case", "ratio", "spread", "ours", "rival", "exchanged_bytes", "bound_bytes", "share_of_bound")
@@ -53,11 +52,15 @@ class Forced:
     work: Workload
 
     @property
-    def task(self) -> Task:
-        raise ValueError("the workload has no task: nothing is evaluated here")
+    def facts(self) -> dict[str, str]:
+        return {"task": "the workload, which judges nothing"}
 
     @property
-    def longest_completion(self) -> int:
+    def watched(self) -> str:
+        return "reward"
+
+    @property
+    def longest(self) -> int:
         return max(self.work.lengths)
 
     def open(self, policy: Policy, seed: int, ledger: CostLedger, world: World = ALONE) -> ForcedSource:

@@ -19,7 +19,7 @@ import pandas as pd
 import tyro
 
 from steerlab import compare
-from steerlab.execute import answer
+from steerlab.held_out import answer
 from steerlab.models import LanguageModel, load
 from steerlab.progress import Progress
 from steerlab.recipes import rloo

@@ -15,7 +15,7 @@ import tyro
 from bank import Options, keep, trained
 
 from steerlab import readings
-from steerlab.execute import answer
+from steerlab.held_out import answer
 from steerlab.interp.gradient_energy import gradient_energy, rank_correlation
 from steerlab.interp.substitution import raised_first
 from steerlab.interp.token_effects import token_effects

@@ -43,7 +43,12 @@ MEANINGS: Mapping[str, str] = {
     "max_new_tokens": "Longest completion, in tokens.",
     "temperature": "Sampling temperature; 0 is greedy.",
     "top_p": "Sample from the smallest set of tokens with this much probability.",
-    "lr": "Peak learning rate; None: 1e-2 for steering vectors, 1e-3 for another adapter.",
+    "lr": "Peak learning rate; None, where it may be: 1e-2 for steering vectors, 1e-3 for another adapter.",
+    "text": "A file of prose (.txt or .gz) to learn from; default: WikiText-2 below $STEERLAB_DATA, else the package's "
+    "own few hundred words.",
+    "rows": "Texts per step.",
+    "length": "Of a text, in tokens.",
+    "counted": "Positions of a text at which the loss is taken, drawn anew in each step.",
     "seed": "Seed of every random draw.",
     "seeds": "With --layers each: several seeds, one run of every layer under each; default: --seed alone.",
     "lr_last": "With --layers each: peak learning rate of the model's last layer, --lr being that of its first, "
@@ -62,7 +67,7 @@ MEANINGS: Mapping[str, str] = {
 KINDS: Mapping[str, str] = {
     "task": "NAME", "task_option": "KEY=VALUE", "model": "NAME", "model_of": "NAME", "site": "NAME", "dtype": "NAME",
     "dtype_read": "NAME",
-    "out": "FOLDER", "ray": "ADDRESS", "task_of": "NAME", "prompt": "TEXT",
+    "out": "FOLDER", "ray": "ADDRESS", "text": "FILE", "task_of": "NAME", "prompt": "TEXT",
 }  # fmt: skip
 
 
@@ -190,16 +195,19 @@ def choices() -> dict[Any, Choice]:
 
 
 def options_of(recipe: Callable[..., Any], name: str) -> type:
-    """A frozen dataclass whose fields are the recipe's parameters beside `task`, and those of `steerlab train`.
+    """A frozen dataclass whose fields are the recipe's parameters, and those of `steerlab train`: of a task where the
+    recipe takes one, of a sweep where it takes layers.
 
-    Its method `experiment(task)` calls the recipe.
+    Its method `experiment()` makes the task and calls the recipe.
     """
-    kinds, known = typing.get_type_hints(recipe), choices()
-    fields: list[Any] = [
-        ("task", Annotated[str, say("task")]),
-        ("task_option", Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], say("task_option")], ()),
-    ]
-    for parameter in inspect.signature(recipe).parameters.values():
+    kinds, known, parameters = typing.get_type_hints(recipe), choices(), inspect.signature(recipe).parameters
+    fields: list[Any] = []
+    if "task" in parameters:
+        fields += [
+            ("task", Annotated[str, say("task")]),
+            ("task_option", Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], say("task_option")], ()),
+        ]
+    for parameter in parameters.values():
         if parameter.name == "task":
             continue
         kind, default = kinds[parameter.name], parameter.default
@@ -209,19 +217,25 @@ def options_of(recipe: Callable[..., Any], name: str) -> type:
         kind = SWEPT.get(parameter.name, kind)
         required = parameter.default is inspect.Parameter.empty
         fields.append((parameter.name, Annotated[kind, say(parameter.name)], *(() if required else (default,))))
+    if SWEPT.keys() & parameters.keys():
+        fields += [
+            ("seeds", Annotated[tuple[int, ...], say("seeds")], ()),
+            ("lr_last", Annotated[float | None, say("lr_last")], None),
+            ("ray", Annotated[str, say("ray")], ""),
+        ]
     fields += [
-        ("seeds", Annotated[tuple[int, ...], say("seeds")], ()),
-        ("lr_last", Annotated[float | None, say("lr_last")], None),
-        ("ray", Annotated[str, say("ray")], ""),
         ("out", Annotated[str, say("out")], ""),
         ("plan", Annotated[bool, say("plan")], False),
         ("shard", Annotated[bool, say("shard")], False),
     ]
 
-    def experiment(self: Any, task: Any) -> Any:
-        chosen = {p: getattr(self, p) for p in inspect.signature(recipe).parameters if p != "task"}
+    def experiment(self: Any) -> Any:
+        from steerlab.tasks import make
+
+        asked = (make(self.task, **task_options(self.task_option)),) if "task" in parameters else ()
+        chosen = {p: getattr(self, p) for p in parameters if p != "task"}
         chosen |= {p: None for p in SWEPT if any(isinstance(word, str) for word in chosen.get(p) or ())}
-        return recipe(task, **{p: known[kinds[p]].parts[v] if kinds[p] in known else v for p, v in chosen.items()})
+        return recipe(*asked, **{p: known[kinds[p]].parts[v] if kinds[p] in known else v for p, v in chosen.items()})
 
     made = dataclasses.make_dataclass(f"{name}_options", fields, frozen=True, namespace={"experiment": experiment})
     made.__doc__ = inspect.getdoc(recipe)

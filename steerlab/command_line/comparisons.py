@@ -178,14 +178,14 @@ def asked_task(about: Subject, name: str) -> Task:
         return make(name)
     if about.experiment is None:
         raise UsageError("no task to answer; add --task NAME")
-    return about.experiment.source.task
+    return about.experiment.task
 
 
 def evaluation_of(about: Subject, problems: int, samples: int) -> Evaluation:
     """As the run was evaluated, with so many problems and samples."""
     from steerlab.rollouts import Evaluation
 
-    before = Evaluation() if about.experiment is None else about.experiment.evaluation
+    before = Evaluation() if about.experiment is None else about.experiment.answers
     return replace(before, limit=problems, samples=samples)
 
 

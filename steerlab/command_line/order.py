@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from steerlab.command_line.arguments import options_of, parse, task_options
+from steerlab.command_line.arguments import options_of, parse
 from steerlab.errors import UsageError, unknown
 from steerlab.runs import Run, RunStore
 
 if TYPE_CHECKING:
-    from steerlab.execute import Reporter
+    from steerlab.progress import Reporter
     from steerlab.training import Experiment
 
 
@@ -58,19 +58,20 @@ class Order:
 def read(words: Sequence[str]) -> Order:
     """The order in `words`: the name of a recipe and its options. Raises UsageError for what does not fit."""
     from steerlab.recipes import RECIPES
-    from steerlab.tasks import make
 
     name, rest = words[0], words[1:]
     if name not in RECIPES:
         raise unknown("recipe", name, RECIPES)
     options: Any = parse(options_of(RECIPES[name], name), rest, f"steerlab train {name}")
     swept = swept_of(options)
-    experiment = options.experiment(make(options.task, **task_options(options.task_option)))
+    experiment = options.experiment()
     if swept is not None and options.lr_last is not None:
         swept["lr"] = (experiment.updater.lr, options.lr_last)
-    label = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(experiment.source.task.name).stem)
+    about = next(iter(experiment.source.facts.values()))
+    label = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(about).stem)
     folder = options.out or f"runs/{name}-{label}-{'sweep' if swept is not None else f'seed{experiment.seed}'}"
-    return Order(experiment, folder, swept, options.ray or None, options.shard, options.plan)
+    ray = vars(options).get("ray") or None
+    return Order(experiment, folder, swept, ray, options.shard, options.plan)
 
 
 def is_sweep(folder: str) -> bool:
@@ -104,12 +105,13 @@ def stopped_where(folder: str) -> str:
 
 def swept_of(options: Any) -> dict[str, Any] | None:
     """What `--layers each` and the options that go with it say; None without it."""
-    said: tuple[int | str, ...] = getattr(options, "layers", None) or ()
+    given = vars(options)  # a recipe that takes no layers has no such options
+    said: tuple[int | str, ...] = given.get("layers") or ()
     numbers = tuple(word for word in said if isinstance(word, int))
     if "each" not in said:
-        for name, value in (("seeds", options.seeds), ("lr-last", options.lr_last), ("ray", options.ray)):
-            if value not in ((), None, ""):
-                raise UsageError(f"--{name} belongs to a sweep; add --layers each, or leave it out")
+        for name in ("seeds", "lr_last", "ray"):
+            if given.get(name) not in ((), None, ""):
+                raise UsageError(f"--{name.replace('_', '-')} belongs to a sweep; add --layers each, or leave it out")
         if "all" in said and numbers:
             raise UsageError(f"--layers {' '.join(map(str, said))} is not clear; give numbers, or all, or each")
         return None

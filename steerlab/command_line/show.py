@@ -45,6 +45,19 @@ def scores(console: Console, found: pd.DataFrame, completions: pd.DataFrame) -> 
         )
 
 
+def lens_fit(console: Console, found: pd.DataFrame) -> None:
+    """KL of every layer's lens from the model's output on held-out texts, plain and tuned, with 95 % intervals."""
+    shown = Table(box=None, pad_edge=False, title="KL from the model's own output (nats), held-out texts")
+    for name in ("layer", "plain", "95 % interval", "tuned", "95 % interval", "gain", "95 % interval"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    by_lens = {str(lens): part.sort_values("layer").to_dict("records") for lens, part in found.groupby("lens")}
+    for plain, tuned in zip(by_lens["plain"], by_lens["tuned"], strict=True):
+        ends = ((plain, "kl_nats", ""), (tuned, "kl_nats", ""), (tuned, "gain_nats", "gain_"))
+        told = [(f"{row[name]:.3f}", f"{row[of + 'low']:.3f}–{row[of + 'high']:.3f}") for row, name, of in ends]
+        shown.add_row(str(plain["layer"]), *(cell for pair in told for cell in pair))
+    console.print(shown)
+
+
 def layers(console: Console, found: pd.DataFrame, compared: pd.DataFrame) -> None:
     """avg@k of every layer's own vector with its 95 % interval, then of what it is compared with."""
     table = Table(box=None, pad_edge=False)

@@ -13,9 +13,11 @@ import torch
 from steerlab import readings
 from steerlab.adapters import LoRAWeights, SteeringVectors, formats
 from steerlab.errors import UsageError
-from steerlab.execute import Reporter, adapter_path, answer, dtype_of
+from steerlab.execute import adapter_path, dtype_of
+from steerlab.held_out import answer
 from steerlab.interp.texts import Text, of_strings
 from steerlab.models import LanguageModel, load
+from steerlab.progress import Reporter
 from steerlab.rollouts import Evaluation
 from steerlab.runs import Run
 from steerlab.tasks import Task, make
@@ -98,7 +100,7 @@ def answer_about(
     Tables go to `out`, a new folder, as `scores` and `completions`; without `out` to the run's folder, named after the
     task so that the run's own tables stay; with neither they are not written.
     """
-    own_task = about.experiment.source.task if about.experiment else None
+    own_task = about.experiment.task if about.experiment else None
     asked = task or own_task
     if asked is None:
         raise UsageError("no task to evaluate on; add --task NAME")
@@ -134,12 +136,12 @@ def texts_about(about: Subject, prompts: Sequence[str], task: str, problems: int
 def asked_about(about: Subject, task: str) -> tuple[Task, Evaluation]:
     """The task called `task` ("": the run's), and how the run is evaluated. Raises UsageError for neither."""
     experiment = about.experiment
-    evaluation = Evaluation() if experiment is None else experiment.evaluation
+    evaluation = Evaluation() if experiment is None else experiment.answers
     if task:
         return make(task), evaluation
     if experiment is None:
         raise UsageError("no texts to read; add --task NAME, or --prompt TEXT where the command has it")
-    return experiment.source.task, evaluation
+    return experiment.task, evaluation
 
 
 def ids_of(about: Subject, words: Sequence[str]) -> tuple[int, ...]:

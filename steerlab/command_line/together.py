@@ -139,7 +139,7 @@ def transfer(
     giving, first, home = donors_of(donors, models, dtype)
     asked = named_task(task, task_option)
     taking = [recipient(target, to or donors, models, dtype, asked, first) for target in to or donors]
-    lines = read_lines(texts) if texts else shared_texts(first.source.task)
+    lines = read_lines(texts) if texts else shared_texts(first.task)
     folder = place(home, out, giving[0].model)
     evaluation = evaluated(first, samples, limit, seed)
     for model in models.values():
@@ -184,7 +184,7 @@ class Parts:
     home: Run | None
 
     def asked(self, task: str, options: tuple[str, ...]) -> Task:
-        return named_task(task, options) or self.experiment.source.task
+        return named_task(task, options) or self.experiment.task
 
 
 def parts_of(targets: tuple[str, ...], dtype: str, allow_other_weights: bool) -> Parts:
@@ -249,17 +249,17 @@ def recipient(
 
     is_run = (Path(target) / "manifest.json").exists()
     if not is_run and target in models:
-        return Recipient(target, models[target], task or experiment.source.task)
+        return Recipient(target, models[target], task or experiment.task)
     about = subject(target if is_run else "", "" if is_run else target, dtype)
     model = models.setdefault(about.model.name, about.model)
-    own_task = experiment.source.task if about.experiment is None else about.experiment.source.task
+    own_task = experiment.task if about.experiment is None else about.experiment.task
     own = (about.vectors,) if is_run and (task is None or task == own_task) else ()
     return Recipient(short(target, among) if is_run else target, model, task or own_task, own)
 
 
 def evaluated(experiment: Experiment, samples: int, limit: int | None, seed: int) -> Evaluation:
     """How the run was evaluated, with other numbers."""
-    before = experiment.evaluation
+    before = experiment.answers
     return replace(before, samples=samples, limit=limit or before.limit, seed=before.seed + seed)
 
 

@@ -6,12 +6,12 @@ Objectives are mathematics: they see tensors and a `Learner`, never a model. `ro
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
 
-from steerlab.batches import RolloutBatch
+from steerlab.batches import Batch, RolloutBatch, TokenBatch
 
 
 @runtime_checkable
@@ -26,6 +26,11 @@ class Learner(Protocol):
         """The same under the reference policy, without a graph."""
         ...
 
+    def lens_divergences(self, batch: TokenBatch) -> Float[Tensor, "layer token"]:
+        """KL (nats) of what each translated layer says from what the model says, at every position that counts, row
+        after row. Has a graph in the translators. Raises UsageError where there are none."""
+        ...
+
 
 @dataclass(frozen=True)
 class Loss:
@@ -37,10 +42,11 @@ class Loss:
 
 @runtime_checkable
 class Objective(Protocol):
-    """Frozen, callable. `prepare` sees the whole batch once; the call sees one micro-batch of what it returned."""
+    """Frozen, callable. `prepare` sees the whole batch once; the call sees one micro-batch of what it returned. Which
+    kind of batch it takes is its own: a recipe pairs it with a source that makes such."""
 
-    def prepare(self, batch: RolloutBatch) -> RolloutBatch:
+    def prepare(self, batch: Any) -> Batch:
         """All that needs the whole batch: advantages, the denominator, and leaving out rows that cannot matter."""
         ...
 
-    def __call__(self, policy: Learner, batch: RolloutBatch) -> Loss: ...
+    def __call__(self, policy: Learner, batch: Any) -> Loss: ...

@@ -1,4 +1,4 @@
-"""Figures of a training run: reward per step, and the share of groups that still say which answer was better."""
+"""Figures of a training run: reward or loss per step, and the share of groups that say which answer was better."""
 
 from __future__ import annotations
 
@@ -43,17 +43,27 @@ def learning_curve(df: pd.DataFrame) -> go.Figure:
     return made.update_xaxes(title_text="step (updates)", row=1 + signal, col=1)
 
 
-def _one_seed(made: go.Figure, part: pd.DataFrame, name: str, colour: str) -> None:
-    given = "reward_ema" in part.columns and bool(part["reward_ema"].notna().any())
-    moving = part["reward_ema"] if given else part["reward"].ewm(span=_MOVING_SPAN).mean()
+def loss_curve(df: pd.DataFrame) -> go.Figure:
+    """Loss per step with its moving mean; from a `curve` table of a run without rewards."""
+    tables.check(df, "curve")
+    made = make_subplots(rows=1, cols=1)
+    made.update_layout(template=HOUSE, height=340, title_text="Loss while training")
+    _one_seed(made, df.sort_values("step"), "", COLOURS[0], "loss")
+    made.update_yaxes(title_text="loss", rangemode="tozero")
+    return made.update_xaxes(title_text="step (updates)")
+
+
+def _one_seed(made: go.Figure, part: pd.DataFrame, name: str, colour: str, what: str = "reward") -> None:
+    given = f"{what}_ema" in part.columns and bool(part[f"{what}_ema"].notna().any())
+    moving = part[f"{what}_ema"] if given else part[what].ewm(span=_MOVING_SPAN).mean()
     prefix = f"{name}: " if name else ""
     made.add_scatter(
         x=part["step"],
-        y=part["reward"],
+        y=part[what],
         name=f"{prefix}mean of the step",
         mode="markers",
         marker={"color": colour, "size": 5, "opacity": 0.35},
-        hovertemplate="step %{x}<br>reward %{y:.3f}<extra></extra>",
+        hovertemplate=f"step %{{x}}<br>{what} %{{y:.3f}}<extra></extra>",
         row=1,
         col=1,
     )

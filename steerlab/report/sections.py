@@ -20,6 +20,7 @@ from steerlab.plots import scores as score_plots
 from steerlab.plots import training as training_plots
 from steerlab.plots.house import readable, words
 from steerlab.report.comparisons import comparison_sections
+from steerlab.report.lens_fit import lens_fit_section, lens_headline
 from steerlab.report.page import Comparison, Report, Section, Side, Table
 from steerlab.report.readouts import reading_sections
 from steerlab.report.setup import cost, facts, setup, title
@@ -38,11 +39,16 @@ def from_run(run: Run) -> str:
     norms = run.table("norms") if "norms" in names else None
     cosines = run.table("cosines") if "cosines" in names else None
     metrics = run.metrics()
-    report = Report(title(run), headline(scores, completions), facts(run))
+    fit = run.table("lens_fit") if "lens_fit" in names else None
+    said = headline(scores, completions) if fit is None else lens_headline(fit)
+    report = Report(title(run), said, facts(run))
     if scores is not None:
         report.add(score_section(scores))
-    if {"step", "reward"} <= set(metrics.columns):
-        report.add(training_section(metrics))
+    if fit is not None:
+        report.add(lens_fit_section(fit))
+    for section, metric in ((training_section, "reward"), (loss_section, "loss_ema")):
+        if {"step", metric} <= set(metrics.columns):
+            report.add(section(metrics))
     if completions is not None:
         report.add(completion_section(completions))
     if "logit_lens" in names:
@@ -123,6 +129,17 @@ def training_section(metrics: pd.DataFrame) -> Section:
             f"from {early:.0%} to {late:.0%}."
         )
     return Section("Learning curve", text, figures=(training_plots.learning_curve(ordered),))
+
+
+def loss_section(metrics: pd.DataFrame) -> Section:
+    """The loss of a run without rewards, step by step."""
+    ordered = metrics.sort_values("step")
+    window = max(1, min(5, len(ordered) // 2))
+    first, last = (fmean(part["loss"].tolist()) for part in (ordered.head(window), ordered.tail(window)))
+    text = (
+        f"The loss went from {first:.3f} (first {window} steps) to {last:.3f} (last {window}) in {len(ordered)} steps."
+    )
+    return Section("Learning curve", text, figures=(training_plots.loss_curve(ordered),))
 
 
 def completion_section(completions: pd.DataFrame) -> Section | None:

@@ -17,7 +17,7 @@ _COSTS = {
     "update_s": ("gradients and optimiser", "s"),
     "evaluate_s": ("evaluation", "s"),
     "steps": ("updates", ""),
-    "tokens_prompt": ("prompt tokens", ""),
+    "tokens_prompt": ("tokens read (prompts, texts)", ""),
     "tokens_completion": ("completion tokens", ""),
     "trained_parameters": ("trained parameters", ""),
     "optimiser_bytes": ("optimiser state", "B"),
@@ -29,6 +29,7 @@ _COSTS = {
 def title(run: Run) -> str:
     """`rloo on smollm2-135m: chain_sum`, as far as the manifest says; else the folder's name."""
     recipe, model, task = (_find(run, name) for name in ("recipe", "model", "task"))
+    task = task or _find(run, "corpus")
     if recipe is None or model is None:
         return run.folder.name or "run"
     return f"{recipe} on {model}" + (f": {task}" if task else "")
@@ -40,6 +41,7 @@ def facts(run: Run) -> tuple[tuple[str, str], ...]:
         "model": _find(run, "model"),
         "recipe": _find(run, "recipe"),
         "task": _find(run, "task"),
+        "corpus": _find(run, "corpus"),
         "trained parameters": _count(_cost(run).get("trained_parameters")),
         "updates": _find(run, "steps"),
         "seed": _find(run, "seed"),

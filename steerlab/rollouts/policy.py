@@ -14,10 +14,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from steerlab.adapters import Adapter, Attached
-from steerlab.batches import RolloutBatch
-from steerlab.models import LanguageModel, engine
+from steerlab.adapters import Adapter, Attached, TunedLens
+from steerlab.batches import RolloutBatch, TokenBatch
+from steerlab.errors import UsageError
+from steerlab.models import LanguageModel, Site, engine
 from steerlab.models.attention import Stream
+from steerlab.models.divergence import divergences
 from steerlab.models.forward import planned
 from steerlab.models.head import recorded_logprobs, token_logprobs
 from steerlab.rollouts.packing import Packed
@@ -71,6 +73,21 @@ class Policy:
         batch = replace(batch, slopes=None)
         with engine.reading(self.model), in_use(self.reference, self.model) as attached:
             return teacher_forced(self.model, attached, batch)
+
+    def lens_divergences(self, batch: TokenBatch) -> Float[Tensor, "layer token"]:
+        """KL (nats) of what each layer that the tuned lens translates says from what the model says, at positions that
+        count; has a graph in the translators. Raises UsageError for another adapter than a tuned lens."""
+        lens, model = self.adapter, self.model
+        if not isinstance(lens, TunedLens):
+            raise UsageError("this objective trains a tuned lens; give the experiment the adapter Translators()")
+        sites = [Site("resid_post", layer) for layer in (*lens.layers, model.n_layers - 1)]
+        with engine.reading(model), in_use(lens, model):
+            with torch.no_grad():
+                read = model.cache(batch.tokens.to(model.device), sites)
+                *states, last = (read[site][batch.counted.to(model.device)] for site in sites)
+            head = model.unembedding
+            translated = [lens(layer, h) for layer, h in zip(lens.layers, states, strict=True)]
+            return divergences(last, translated, model.final_norm, head.weight, head.bias, model.logit_softcap)
 
 
 @contextmanager

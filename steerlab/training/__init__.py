@@ -2,7 +2,8 @@
 
 from steerlab.training.experiment import Experiment
 from steerlab.training.sources import Rollouts
+from steerlab.training.texts import HeldOut, Texts
 from steerlab.training.trainer import StepDone, Trainer
 from steerlab.training.updaters import AdamW
 
-__all__ = ["AdamW", "Experiment", "Rollouts", "StepDone", "Trainer"]
+__all__ = ["AdamW", "Experiment", "HeldOut", "Rollouts", "StepDone", "Texts", "Trainer"]

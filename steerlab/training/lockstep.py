@@ -29,7 +29,7 @@ from steerlab.errors import RunFailed
 from steerlab.models import LanguageModel
 from steerlab.rollouts import Completions, Policy, Rows
 from steerlab.training.experiment import Experiment
-from steerlab.training.sources import Drawn, Request, Rollouts, keepable
+from steerlab.training.sources import Drawn, Request, Rollouts, RolloutSource, keepable
 from steerlab.training.trainer import StepDone, Trainer
 
 
@@ -96,17 +96,20 @@ def learn_together(trainers: Sequence[Trainer], step: int) -> list[RunFailed | N
     if len(trainers) == 1:
         trainers[0].clock = start
         return [_failure(trainers[0], step, partial(trainers[0].source.next, step))]
-    requests = _affordable([trainer.source.request(step) for trainer in trainers], trainers[0].policy.model)
+    sources = [
+        trainer.source for trainer in trainers if isinstance(trainer.source, RolloutSource)
+    ]  # as `joined` has it
+    requests = _affordable([source.request(step) for source in sources], trainers[0].policy.model)
     try:
         completions = sample_together([trainer.policy for trainer in trainers], requests)
     except RunFailed:  # of which run, each of them alone will tell
         return [failure for trainer in trainers for failure in learn_together([trainer], step)]
     each = (time.perf_counter() - start) / len(trainers)
     failures = []
-    for trainer, request, answered in zip(trainers, requests, completions, strict=True):
+    for trainer, source, request, answered in zip(trainers, sources, requests, completions, strict=True):
         trainer.clock = time.perf_counter() - each
         trainer.ledger.add(rollout_s=each)
-        failures.append(_failure(trainer, step, partial(trainer.source.receive, step, request, answered)))
+        failures.append(_failure(trainer, step, partial(source.receive, step, request, answered)))
     return failures
 
 

@@ -21,7 +21,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from steerlab.batches import RolloutBatch
+from steerlab.batches import Batch
 from steerlab.errors import UsageError
 from steerlab.models import LanguageModel
 from steerlab.rollouts import Completions, Policy
@@ -63,7 +63,7 @@ class Shards:
         finally:
             handle.remove()
 
-    def even(self, batch: RolloutBatch, spare: RolloutBatch, token_budget: int) -> Iterator[tuple[RolloutBatch, float]]:
+    def even(self, batch: Batch, spare: Batch, token_budget: int) -> Iterator[tuple[Batch, float]]:
         """Micro-batches and the weights of their losses, as many as the process with the most has: `spare` with weight
         0 in place of those that this one lacks."""
         n = sum(1 for _ in batch.micro_batches(token_budget))

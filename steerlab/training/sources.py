@@ -13,12 +13,13 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 import torch
 
-from steerlab.batches import RolloutBatch, Slopes
+from steerlab.batches import Batch, RolloutBatch, Slopes
 from steerlab.errors import UsageError
 from steerlab.models import LanguageModel
 from steerlab.rollouts import Completions, Policy, Rows, Sampling
 from steerlab.rollouts.sampler import check_fit
 from steerlab.runs import CostLedger
+from steerlab.runs import encode as encode_parts
 from steerlab.tasks import Problem, Task, encode
 from steerlab.training.world import ALONE, World
 
@@ -29,7 +30,8 @@ KEPT_BYTES = 2 << 30  # kept from sampling at a time; beyond it the update begin
 class Tally:
     """What a step adds up to, or one process's share of it, so that shares can be added.
 
-    ratios: name of a metric → (sum, count). prompt_tokens, completion_tokens: as the cost ledger counts them.
+    ratios: name of a metric → (sum, count). prompt_tokens, completion_tokens: read and drawn, as the cost ledger counts
+    them.
     """
 
     ratios: dict[str, tuple[float, float]]
@@ -41,6 +43,11 @@ class Tally:
         return Tally(ratios, self.prompt_tokens + other.prompt_tokens, self.completion_tokens + other.completion_tokens)
 
     @property
+    def tokens(self) -> int:
+        """Those whose pace a person watches: drawn ones, or where none are drawn, read ones."""
+        return self.completion_tokens or self.prompt_tokens
+
+    @property
     def metrics(self) -> dict[str, float]:
         return {name: total / n for name, (total, n) in self.ratios.items()}
 
@@ -49,7 +56,7 @@ class Tally:
 class Drawn:
     """A batch and what a person may want to see of it: numbers for the metrics, texts for the log."""
 
-    batch: RolloutBatch
+    batch: Batch
     tally: Tally
     texts: list[dict[str, object]] = field(default_factory=list)
 
@@ -91,11 +98,7 @@ class Request:
 
 @runtime_checkable
 class Source(Protocol):
-    """Makes the batch of a step, at once or in two halves: `next` is `receive` of what its own policy answers."""
-
-    def request(self, step: int) -> Request: ...
-
-    def receive(self, step: int, request: Request, completions: Completions) -> Drawn: ...
+    """Makes the batch of a step."""
 
     def next(self, step: int) -> Drawn: ...
 
@@ -123,9 +126,17 @@ class Rollouts:
             )
 
     @property
-    def longest_completion(self) -> int:
-        """In tokens."""
+    def longest(self) -> int:
         return self.sampling.max_new_tokens
+
+    @property
+    def watched(self) -> str:
+        return "reward"
+
+    @property
+    def facts(self) -> dict[str, str]:
+        reward = str(encode_parts(self.task).get("rewards", self.task.name))
+        return {"task": self.task.name, "reward": reward}
 
     def open(self, policy: Policy, seed: int, ledger: CostLedger, world: World = ALONE) -> RolloutSource:
         """The source of one run; in a world of several processes, of this process's share of every step's prompts.
@@ -141,7 +152,8 @@ def keepable(model: LanguageModel, rows: int, sampling: Sampling) -> bool:
 
 
 class RolloutSource:
-    """`Rollouts` at work with one policy."""
+    """`Rollouts` at work with one policy: a step at once or in two halves, `next` being `receive` of what its own
+    policy answers."""
 
     def __init__(self, spec: Rollouts, policy: Policy, seed: int, ledger: CostLedger, world: World = ALONE) -> None:
         self.spec, self.policy, self.seed, self.ledger, self.world = spec, policy, seed, ledger, world
@@ -160,11 +172,8 @@ class RolloutSource:
         self.keeps = keepable(policy.model, rows, spec.sampling)
 
     def chosen(self, step: int) -> list[int]:
-        """Indices of the problems of a step: consecutive pieces of epochs, each epoch shuffled anew."""
-        n, k = len(self.problems), self.spec.prompts
-        places = np.arange(step * k, (step + 1) * k)
-        orders = {int(e): np.random.default_rng([self.seed, int(e)]).permutation(n) for e in set(places // n)}
-        return [int(orders[int(place // n)][place % n]) for place in places]
+        """Indices of the problems of a step."""
+        return epochs(len(self.problems), self.spec.prompts, self.seed, step)
 
     def request(self, step: int) -> Request:
         """The problems of a step (of this process's share of it) and the completions wanted of each."""
@@ -214,6 +223,13 @@ class RolloutSource:
         with self.ledger.time("rollout_s"):
             completions = request.sample(self.policy)
         return self.receive(step, request, completions)
+
+
+def epochs(n: int, k: int, seed: int, step: int) -> list[int]:
+    """Which k of n things a step takes: consecutive pieces of epochs, each epoch shuffled anew."""
+    places = np.arange(step * k, (step + 1) * k)
+    orders = {int(e): np.random.default_rng([seed, int(e)]).permutation(n) for e in set(places // n)}
+    return [int(orders[int(place // n)][place % n]) for place in places]
 
 
 def tally(batch: RolloutBatch, finished: torch.Tensor) -> Tally:

@@ -18,14 +18,14 @@ import math
 import operator
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from steerlab.adapters import Adapter
-from steerlab.batches import RolloutBatch
+from steerlab.batches import Batch
 from steerlab.errors import RunFailed
 from steerlab.models import engine
 from steerlab.rollouts import Policy
@@ -68,7 +68,7 @@ class Trainer:
     def fit(self) -> Adapter:
         """Train from the last checkpoint (or from the start) to the end; returns the adapter.
 
-        Raises RunFailed on a non-finite loss, or if memory does not suffice for one completion; the last good
+        Raises RunFailed on a non-finite loss, or if memory does not suffice for one row; the last good
         checkpoint stays.
         """
         for step in range(self.begin(), self.experiment.steps):
@@ -78,10 +78,11 @@ class Trainer:
     def begin(self) -> int:
         """Open updater and source and put the last checkpoint back. Returns the first step to do."""
         experiment = self.experiment
+        self.watched = experiment.source.watched
         self.updater = experiment.updater.open(self.adapter.parameters(), experiment.steps)
         self.settle()
         self.token_budget: int = self.engine["token_budget"]
-        start, self.reward_ema = self.resume()
+        start, self.ema = self.resume()
         self.source: Source = experiment.source.open(self.policy, experiment.seed, self.ledger, self.world)
         self.clock = time.perf_counter()
         return start
@@ -90,15 +91,15 @@ class Trainer:
         """One update from what was drawn for `step`, and all that is kept of it. `wall_s` is since the last step."""
         with self.ledger.time("update_s"):
             batch, tally = self.pool(self.experiment.objective.prepare(drawn.batch), drawn.tally)
-            one = drawn.batch.select(torch.tensor([0]))
-            self.spare = replace(one, advantages=torch.zeros(1), denominator=1.0)
+            self.spare = drawn.batch.idle()
             learned = self.update(step, batch)
         self.count(tally)
         give_back_memory()
-        metrics = {**tally.metrics, **learned, "reward_ema": self.smoothed(tally.metrics["reward"])}
+        metrics = {**tally.metrics, **learned}
+        metrics[f"{self.watched}_ema"] = self.smoothed(metrics[self.watched])
         wall, self.clock = time.perf_counter() - self.clock, time.perf_counter()
         metrics |= {
-            "tokens_per_s": tally.completion_tokens / wall,
+            "tokens_per_s": tally.tokens / wall,
             "wall_s": wall,
             "token_budget": float(self.token_budget),
         }
@@ -116,14 +117,14 @@ class Trainer:
             raise ValueError("the policy has no adapter to train")
         return self.policy.adapter
 
-    def pool(self, batch: RolloutBatch, tally: Tally) -> tuple[RolloutBatch, Tally]:
+    def pool(self, batch: Batch, tally: Tally) -> tuple[Batch, Tally]:
         """This process's share with the denominator of the whole step, and what the whole step adds up to."""
         parts = self.world.gather((batch.denominator, tally))
         denominators = [d for d, _ in parts if d is not None]
-        whole = replace(batch, denominator=sum(denominators) if denominators else None)
+        whole = batch.over(sum(denominators) if denominators else None)
         return whole, functools.reduce(operator.add, (t for _, t in parts))
 
-    def update(self, step: int, batch: RolloutBatch) -> dict[str, float]:
+    def update(self, step: int, batch: Batch) -> dict[str, float]:
         """Gradients of all processes together, then one optimiser step. No signal anywhere is a zero gradient."""
         value, metrics = self.gradients(batch)
         self.ledger.add(exchanged_bytes=self.world.sum_([p.grad for _, p in self.named() if p.grad is not None]))
@@ -139,9 +140,9 @@ class Trainer:
             raise self.broken(step, f"the update of step {step} overflowed at {few(bad)}")
         return {"loss": value, **metrics}
 
-    def gradients(self, batch: RolloutBatch) -> tuple[float, dict[str, float]]:
+    def gradients(self, batch: Batch) -> tuple[float, dict[str, float]]:
         """Leave the gradient of a batch in the parameters, in smaller micro-batches if memory runs out; returns the
-        loss and the objective's largest metrics. Raises RunFailed when memory does not suffice for one completion.
+        loss and the objective's largest metrics. Raises RunFailed when memory does not suffice for one row.
         """
         while True:
             try:
@@ -157,7 +158,7 @@ class Trainer:
                 said = str(error).partition("\n")[0][:120]
             self.halve(batch, said)  # outside the handler, whose traceback keeps what the attempt had in memory
 
-    def attempt(self, batch: RolloutBatch) -> tuple[float, dict[str, float]]:
+    def attempt(self, batch: Batch) -> tuple[float, dict[str, float]]:
         """The same with the micro-batches as they are, from zero gradients."""
         value, metrics = 0.0, {}
         for parameter in self.adapter.parameters():
@@ -172,22 +173,22 @@ class Trainer:
                 metrics[name] = max(amount, metrics.get(name, amount))
         return value, metrics
 
-    def micro_batches(self, batch: RolloutBatch) -> Iterator[tuple[RolloutBatch, float]]:
+    def micro_batches(self, batch: Batch) -> Iterator[tuple[Batch, float]]:
         """Pieces of a batch that fit the memory, each with the weight of its loss."""
         if self.shards is not None:
             return self.shards.even(batch, self.spare, self.token_budget)
         return ((micro, 1.0) for micro in batch.micro_batches(self.token_budget))
 
-    def halve(self, batch: RolloutBatch, said: str) -> None:
+    def halve(self, batch: Batch, said: str) -> None:
         """Take half as many tokens at a time from now on as the largest micro-batch had. Raises RunFailed if that is no
-        less than one completion."""
+        less than one row (a completion, a text)."""
         tried = list(batch.micro_batches(self.token_budget))
         if max(map(len, tried)) == 1:
             raise RunFailed(
-                f"memory ran out on a single completion ({said}); free some and resume, or start a new run with fewer "
-                "new tokens, dtype bf16, higher layers only, or a smaller model"
+                f"memory ran out on a single row of the batch ({said}); free some and resume, or start a new run with "
+                "shorter rows (fewer new tokens), dtype bf16, higher layers only, or a smaller model"
             )
-        largest = max(sum(map(len, micro.prompts)) + micro.n_tokens for micro in tried)
+        largest = max(micro.n_fed for micro in tried)
         self.shrink(max(1, min(self.token_budget, largest) // 2), "the update")
         give_back_memory()
         if torch.cuda.is_available():
@@ -216,11 +217,11 @@ class Trainer:
     def named(self) -> list[tuple[str, torch.nn.Parameter]]:
         return list(zip(self.adapter.snapshot(), self.adapter.parameters(), strict=True))
 
-    def smoothed(self, reward: float) -> float:
-        """Exponential moving mean of the reward over about EMA_STEPS steps."""
+    def smoothed(self, value: float) -> float:
+        """Exponential moving mean of the watched metric over about EMA_STEPS steps."""
         share = 2 / (EMA_STEPS + 1)
-        self.reward_ema = reward if self.reward_ema is None else (1 - share) * self.reward_ema + share * reward
-        return self.reward_ema
+        self.ema = value if self.ema is None else (1 - share) * self.ema + share * value
+        return self.ema
 
     def count(self, tally: Tally) -> None:
         """What a step adds to the cost ledger."""
@@ -233,7 +234,7 @@ class Trainer:
         return adapter | {f"optimiser/{name}": t for name, t in self.updater.snapshot().items()}
 
     def counters(self) -> dict[str, object]:
-        return {"reward_ema": self.reward_ema, "token_budget": self.token_budget, "cost": self.ledger.to_dict()}
+        return {f"{self.watched}_ema": self.ema, "token_budget": self.token_budget, "cost": self.ledger.to_dict()}
 
     def settle(self, like: Mapping[str, Any] | None = None) -> None:
         """`engine`: how this machine does the work, chosen when the run begins and kept in its manifest from then on.
@@ -257,7 +258,7 @@ class Trainer:
         # Of the memory that the packed copy leaves.
         budget = self.experiment.token_budget or memory.budget_for(
             self.policy.model,
-            self.experiment.source.longest_completion,
+            self.experiment.source.longest,
             self.world.local_size,
             self.adapter.keeps_inputs,
         )
@@ -294,7 +295,7 @@ class Trainer:
         self.updater.restore(part("optimiser/"))
         self.ledger.add(**state["cost"])
         self.token_budget = state.get("token_budget", self.token_budget)
-        return step, state["reward_ema"]
+        return step, state[f"{self.watched}_ema"]
 
 
 def few(names: list[str]) -> str:

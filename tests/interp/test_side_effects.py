@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from steerlab.adapters import SteeringVectors
-from steerlab.corpus import OWN
+from steerlab.corpus import OWN, Prose
 from steerlab.errors import UsageError
 from steerlab.interp import side_effects as effects
 from steerlab.interp.neutral import Neutral, neutral
@@ -25,7 +25,6 @@ from steerlab.tasks import Task
 Exact = Callable[..., LanguageModel]
 Pick = Callable[..., pd.DataFrame]
 Vectors = Callable[..., SteeringVectors]
-HERE = Path(__file__).parents[2] / "steerlab" / "interp"
 
 
 def logprobs(model: LanguageModel, adapter: SteeringVectors | None, text: Text) -> torch.Tensor:
@@ -110,7 +109,7 @@ def test_neutral_text_without_any_file(tiny_llama: LanguageModel, monkeypatch: p
     found = neutral(tiny_llama)
     assert found == neutral(tiny_llama, "") and found.name == OWN and len(found.texts) == 14
     assert {len(text.tokens) for text in found.texts} == {128}
-    words = (HERE / "neutral.txt").read_text().split()
+    words = Prose().text().split()
     assert len(words) > 300 and tiny_llama.tokenizer.decode(found.texts[0].tokens).startswith(" ".join(words[:8]))
     few = neutral(tiny_llama, limit=3, n_tokens=20)
     assert len(few.texts) == 3 and {len(text.tokens) for text in few.texts} == {20}

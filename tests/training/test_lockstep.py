@@ -135,7 +135,7 @@ def test_runs_laid_out_together_keep_their_own_token_budgets(
     experiments = {"a": replace(of(1), token_budget=17), "b": of(2), "c": replace(of(3), token_budget=40)}
     runs = lay_out(experiments, tmp_path / "runs", tiny_llama_fp64)
     engines = [run.manifest["engine"] for run in runs.values()]
-    rule = memory.budget_for(tiny_llama_fp64, experiments["b"].source.longest_completion)
+    rule = memory.budget_for(tiny_llama_fp64, experiments["b"].source.longest)
     assert [engine["token_budget"] for engine in engines] == [17, rule, 40]
     assert len({(engine["products"], engine["processes"]) for engine in engines}) == 1
 

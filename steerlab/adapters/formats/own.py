@@ -35,7 +35,7 @@ _PREFIX = "vectors."
 @dataclass(frozen=True)
 class Provenance:
     """Which model an adapter belongs to and how it was trained; empty text and None where it is not known. corpus:
-    name and digest of the text that it was trained on, if any."""
+    the text that it was trained on, if any."""
 
     model: str
     weights_sha256: str
@@ -47,6 +47,7 @@ class Provenance:
     reward: str = ""
     seed: int | None = None
     corpus: str | None = None
+    corpus_sha256: str | None = None
 
     @classmethod
     def of(
@@ -56,6 +57,7 @@ class Provenance:
         reward: str = "",
         seed: int | None = None,
         corpus: str | None = None,
+        corpus_sha256: str | None = None,
     ) -> Provenance:
         """Provenance of what was trained on `model`."""
         return cls(
@@ -69,6 +71,7 @@ class Provenance:
             reward=reward,
             seed=seed,
             corpus=corpus,
+            corpus_sha256=corpus_sha256,
         )
 
 
