@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol, Self, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -34,15 +34,15 @@ class Batch(Protocol):
         """Rows."""
         ...
 
-    def over(self, denominator: float | None) -> Self:
+    def over(self, denominator: float | None) -> Batch:
         """The same with this denominator."""
         ...
 
-    def micro_batches(self, token_budget: int) -> Iterator[Self]:
+    def micro_batches(self, token_budget: int) -> Iterator[Batch]:
         """Pieces that read at most `token_budget` tokens each, or are one row."""
         ...
 
-    def idle(self) -> Self:
+    def idle(self) -> Batch:
         """One row whose loss is a number of no meaning: for a pass that is made for others' sake."""
         ...
 

@@ -154,7 +154,7 @@ def begin(experiment: Experiment, folder: str | Path, model: LanguageModel, stor
             threads=torch.get_num_threads(),
             seed=experiment.seed,
             recipe=experiment.recipe,
-            **experiment.source.facts,
+            **experiment.source.facts(),
             status="created",
         )
     except UsageError:
@@ -199,7 +199,7 @@ def same_machine(run: Run, model: LanguageModel) -> None:
 
 def save_adapter(run: Run, model: LanguageModel, experiment: Experiment, adapter: Adapter) -> None:
     """What was trained, with its provenance: vectors.safetensors, or a folder (of a LoRA, of a tuned lens)."""
-    facts = experiment.source.facts
+    facts = experiment.source.facts()
     origin = formats.Provenance.of(
         model,
         recipe=experiment.recipe,

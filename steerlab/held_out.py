@@ -16,7 +16,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import torch
 
-from steerlab.adapters import TunedLens
+from steerlab.adapters import Translators, TunedLens
 from steerlab.batches import RolloutBatch
 from steerlab.errors import UsageError
 from steerlab.interp.lens_fit import distances, lens_fit
@@ -171,8 +171,12 @@ def texts_of(experiment: Experiment) -> tuple[Texts, HeldOut]:
 
 
 def check_texts(experiment: Experiment, model: LanguageModel) -> None:
-    """No text to hold out, or another source than texts."""
+    """No text to hold out, another source than texts, or no lens to read it through."""
     source, evaluation = texts_of(experiment)
+    if not isinstance(experiment.adapter, Translators):
+        raise UsageError(
+            f"held-out texts say nothing of {type(experiment.adapter).__name__}; train Translators(), or use a task"
+        )
     evaluation.batch(source, model)
 
 
@@ -182,8 +186,7 @@ def evaluate_lens(
     """The tuned lens beside the plain one on held-out texts; table `lens_fit`."""
     source, evaluation = texts_of(experiment)
     lens, texts = policy.adapter, evaluation.batch(source, policy.model)
-    if not isinstance(lens, TunedLens):
-        raise UsageError(f"held-out texts say nothing of a {type(lens).__name__}; train a tuned lens, or use a task")
+    assert isinstance(lens, TunedLens)  # as `check_texts` has seen
     reporter.stage(f"reading {len(texts)} held-out texts of {source.prose.name} through the plain and the tuned lens")
     mine = texts.select(torch.tensor(world.share(range(len(texts))), dtype=torch.long))
     with during:

@@ -51,7 +51,6 @@ class Forced:
 
     work: Workload
 
-    @property
     def facts(self) -> dict[str, str]:
         return {"task": "the workload, which judges nothing"}
 

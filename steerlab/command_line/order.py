@@ -67,7 +67,7 @@ def read(words: Sequence[str]) -> Order:
     experiment = options.experiment()
     if swept is not None and options.lr_last is not None:
         swept["lr"] = (experiment.updater.lr, options.lr_last)
-    about = next(iter(experiment.source.facts.values()))
+    about = next(iter(experiment.source.facts().values()))
     label = "".join(c if c.isalnum() or c in "-_" else "-" for c in Path(about).stem)
     folder = options.out or f"runs/{name}-{label}-{'sweep' if swept is not None else f'seed{experiment.seed}'}"
     ray = vars(options).get("ray") or None

@@ -25,7 +25,6 @@ from steerlab.training.world import ALONE, World
 class SourceSpec(Protocol):
     """Frozen description of a source."""
 
-    @property
     def facts(self) -> dict[str, str]:
         """What is trained on, for manifest, provenance and page: `task` and `reward`, or `corpus` and its digest."""
         ...

@@ -133,7 +133,6 @@ class Rollouts:
     def watched(self) -> str:
         return "reward"
 
-    @property
     def facts(self) -> dict[str, str]:
         reward = str(encode_parts(self.task).get("rewards", self.task.name))
         return {"task": self.task.name, "reward": reward}

@@ -24,7 +24,7 @@ from steerlab.runs import CostLedger
 from steerlab.training.sources import Drawn, Tally, epochs
 from steerlab.training.world import ALONE, World
 
-Rows = Int[np.ndarray, "row pos"]
+Rows = Int[np.ndarray, "_ pos"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,6 @@ class Texts:
         if not 0 < self.held_out < 1:
             raise UsageError(f"held_out is {self.held_out}; it is a share of the text, above 0 and below 1")
 
-    @property
     def facts(self) -> dict[str, str]:
         return {"corpus": self.prose.name, "corpus_sha256": self.prose.sha256}
 

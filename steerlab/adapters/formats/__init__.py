@@ -82,10 +82,7 @@ def load_adapter(
     """What `load` gives for a file, and for a folder of PEFT a LoRA, checked in the same way. Raises UsageError for a
     tuned lens, which changes nothing that a model says."""
     path = Path(path)
-    if (path / tuned_lens.TENSORS).exists():
-        raise UsageError(
-            f"{path} is a tuned lens, nothing that steers; read it with: steerlab lens RUN --stream --tuned"
-        )
+    _refuse_tuned_lens(path)
     return peft.load(path, model, allow_other_weights) if path.is_dir() else load(path, model, allow_other_weights)
 
 
@@ -102,7 +99,9 @@ def is_peft(path: str | Path) -> bool:
 
 
 def provenance(path: str | Path) -> Provenance:
-    """Which model an adapter that we wrote belongs to. Raises UsageError where the file does not say."""
+    """Which model an adapter that we wrote belongs to. Raises UsageError where the file does not say, and for a tuned
+    lens."""
+    _refuse_tuned_lens(Path(path))
     return peft.provenance(path) if Path(path).is_dir() else own.provenance(path)
 
 
@@ -123,3 +122,11 @@ def _format(path: Path) -> Format:
     if path.suffix not in FORMATS:
         raise UsageError(f"{path} is no format for steering vectors that is known; use {' or '.join(FORMATS)}")
     return FORMATS[path.suffix]
+
+
+def _refuse_tuned_lens(path: Path) -> None:
+    if (path / tuned_lens.TENSORS).exists():
+        raise UsageError(
+            f"{path} is a tuned lens, nothing that steers; read vectors through it: steerlab lens RUN --stream --tuned "
+            f"{path}"
+        )
