@@ -13,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import plotly.graph_objects as go
 
-from steerlab.adapters import LoRAWeights, SteeringVectors
+from steerlab.adapters import LoRAWeights, SteeringVectors, TunedLens
 from steerlab.errors import UsageError
 from steerlab.interp import adaptive as interp_adaptive
 from steerlab.interp import at_equal_kl as equal
@@ -90,10 +90,14 @@ def stream(
     watch: Sequence[int] = (),
     scales: Sequence[float] = (-1.0,),
     seed: int = 0,
+    translators: TunedLens | None = None,
 ) -> Reading:
     """What every layer would say next, under the base, the vectors, their multiples `scales` and a random direction of
-    equal length, on the same tokens. layers: None for all. watch: ids of tokens to follow."""
-    found = residual_lens(model, texts, contrasts(vectors, scales, seed), layers=layers, k=k, watch=watch)
+    equal length, on the same tokens. layers: None for all. watch: ids of tokens to follow. translators: a tuned lens in
+    place of the plain one."""
+    found = residual_lens(
+        model, texts, contrasts(vectors, scales, seed), layers=layers, k=k, watch=watch, translators=translators
+    )
     figures = {
         f"residual_lens_{condition}": plot_lens.residual_lens(found.tokens, condition)
         for condition in ("base", "steered")

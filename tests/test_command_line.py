@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from steerlab import execute
+from steerlab import held_out
 from steerlab.__main__ import COMMANDS, main
 from steerlab.adapters import SteeringVectors, formats
 from steerlab.models import Site, tiny
@@ -104,7 +104,7 @@ def test_every_recipe_explains_its_options(sl: Sl) -> None:
     for line in sl("recipes").out.splitlines():
         page = sl("train", line.split()[0], "--help")
         assert page.code == 0
-        assert "--task" in page.out
+        assert "--model" in page.out
         assert "--plan" in page.out
 
 
@@ -305,6 +305,19 @@ def test_the_stream_is_read_into_the_run_and_its_report(sl: Sl, steered: Path) -
     assert "Logit lens of the residual stream" in (steered / "report.html").read_text()
     own = sl("lens", steered, "--stream", "--prompt", "1 + 2", "--prompt", "two")
     assert own.code == 0 and Run.open(steered).table("residual_lens")["text"].nunique() == 2
+
+
+def test_the_stream_is_read_through_a_tuned_lens(sl: Sl, steered: Path, tiny_folder: Path, tmp_path: Path) -> None:
+    lens = tmp_path / "lens"
+    short = ["--text", "", "--steps", "2", "--rows", "2", "--length", "32", "--counted", "8"]
+    assert sl("train", "tuned_lens", "--model", tiny_folder, *short, "--dtype", "fp32", "--out", lens).code == 0
+    for number, tuned in enumerate((lens, lens / "tuned_lens")):
+        out = tmp_path / f"read{number}"
+        assert sl("lens", steered, "--stream", "--prompt", "1 + 2", "--tuned", tuned, "--out", out).code == 0
+        assert set(Run.open(out).table("lens_spread")["lens"]) == {"tuned"}
+        assert "tuned lens" in (out / "figures" / "lens_kl.html").read_text()
+    refused(sl("lens", steered, "--stream", "--prompt", "x", "--tuned", tmp_path), "does not exist")
+    refused(sl("lens", steered, "--tuned", lens), "add --stream")
 
 
 def test_token_effects_are_read_into_the_run_and_its_report(sl: Sl, steered: Path) -> None:
@@ -522,7 +535,7 @@ def test_ctrl_c_before_anything_is_written(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(execute, "check", interrupted)
+    monkeypatch.setattr(held_out, "check", interrupted)
     refused(sl(*recipe, "--out", tmp_path / "run"), "before anything was written", code=130)
     assert not (tmp_path / "run").exists()
 

@@ -39,6 +39,10 @@ def lens(
         tyro.conf.UseAppendAction[tuple[str, ...]],
         tyro.conf.arg(help="With --stream: a token to follow through the layers, may be repeated.", metavar="TOKEN"),
     ] = (),
+    tuned: Annotated[
+        str,
+        tyro.conf.arg(help="With --stream: a tuned lens, or a run that trained one.", metavar="FOLDER"),
+    ] = "",
     seed: Annotated[int, say("seed")] = 0,
     model: Annotated[str, say("model_of")] = "",
     dtype: Exactly = "fp32",
@@ -49,21 +53,24 @@ def lens(
 ) -> int:
     """Show the tokens that each vector points to (logit lens), or what every layer would say."""
     from steerlab.command_line import show
-    from steerlab.command_line.subjects import ids_of, subject, texts_about
+    from steerlab.command_line.subjects import ids_of, lens_of, subject, texts_about
     from steerlab.interp.logit_lens import logit_lens
     from steerlab.runs import atomic_path
 
     if not stream and out and Path(out).suffix not in (".csv", ".parquet"):
         raise UsageError(f"{out} is no table; name a .csv or .parquet file")
-    if not stream and (watch or prompt):
-        raise UsageError("--watch and --prompt read texts; add --stream")
+    if not stream and (watch or prompt or tuned):
+        raise UsageError("--watch, --prompt and --tuned read texts; add --stream")
     about = subject(run, model, dtype, allow_other_weights)
     if stream:
         from steerlab import readings
 
         folder, watched = place(about, out), ids_of(about, watch)
+        translators = lens_of(tuned, about.model, allow_other_weights) if tuned else None
         texts = texts_about(about, prompt, task, problems, seed)
-        found = readings.stream(about.model, about.vectors, texts, layers=layers, k=k, watch=watched, seed=seed)
+        found = readings.stream(
+            about.model, about.vectors, texts, layers=layers, k=k, watch=watched, seed=seed, translators=translators
+        )
         show.spread(console(), found.tables["lens_spread"])
         return keep(found, folder)
     vectors = about.vectors if layers is None else about.vectors.select(layers)

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from steerlab import readings
-from steerlab.adapters import LoRAWeights, SteeringVectors, formats
+from steerlab.adapters import LoRAWeights, SteeringVectors, TunedLens, formats
 from steerlab.errors import UsageError
 from steerlab.execute import adapter_path, dtype_of
 from steerlab.held_out import answer
@@ -76,6 +76,14 @@ def vectors_of(target: str, model: LanguageModel, allow_other_weights: bool = Fa
     if saved is None:
         raise UsageError(f"{path} has no vectors yet; finish it with: steerlab resume {path}")
     return Subject(model, formats.load_adapter(saved, model, allow_other_weights), None).vectors
+
+
+def lens_of(target: str, model: LanguageModel, allow_other_weights: bool = False) -> TunedLens:
+    """A tuned lens for `model`: of a run that trained one, or a folder as tuned-lens has it. Raises UsageError for
+    neither."""
+    path = Path(target)
+    own = path / formats.FILE_NAMES[TunedLens]
+    return formats.load_tuned_lens(own if own.is_dir() else path, model, allow_other_weights)
 
 
 def _load(name: str, dtype: str) -> LanguageModel:

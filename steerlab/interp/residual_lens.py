@@ -4,8 +4,10 @@ At every position of a text and after every block l, softmax(unembed(norm(h_l)))
 soft cap; under several conditions on the same tokens. Three tables: the likeliest tokens (`residual_lens`), chosen
 tokens by rank and log-probability (`lens_watched`), and how spread out and how far from the final answer each
 distribution is (`lens_spread`). After the last block the lens is the model's own output, which is checked on each call.
+With translators it is the tuned lens (Belrose et al. 2023, 2303.08112): softmax(unembed(norm(h'_l))), h'_l being the
+translated state. They were fitted to the unsteered model; what a steered one says is read through the same.
 
-Nothing of size tokens × vocabulary is ever held (`models/distributions.py`). Left out: learned translators.
+Nothing of size tokens × vocabulary is ever held (`models/distributions.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from steerlab import tables
+from steerlab.adapters import TunedLens
 from steerlab.adapters.steering import check_layers
 from steerlab.errors import RunFailed, UsageError
 from steerlab.interp.logit_lens import token_texts
@@ -61,16 +64,21 @@ def residual_lens(
     k: int = 10,
     watch: Sequence[int] = (),
     generated_only: bool = False,
+    translators: TunedLens | None = None,
 ) -> ResidualLens:
     """The lens at every position of `texts` after each of `layers` (None: all) under each of `conditions`.
 
     watch: ids of the tokens to follow. generated_only: from the last prompt token on, which predicts the first
-    generated one. Position p predicts token p + 1. Raises UsageError for no text, no condition, a layer or a token
-    that the model does not have, or k < 1; RunFailed if the last layer's lens is not the model's own output.
+    generated one. Position p predicts token p + 1. translators: a tuned lens in place of the plain one; the tables then
+    have a column `lens` that says so. Raises UsageError for no text, no condition, a layer or a token that the model
+    does not have, k < 1, or translators of another model; RunFailed if the last layer's lens is not the model's own
+    output.
     """
     wanted = tuple(range(model.n_layers)) if layers is None else tuple(layers)
     check_layers(wanted, model.n_layers)
     _check(model, texts, conditions, k, watch)
+    if translators is not None:
+        translators.check(model)
     vocabulary, last = Vocabulary(model), model.n_layers - 1
     chosen = torch.tensor(list(watch), dtype=torch.long, device=model.device)
     parts: list[_Part] = []
@@ -78,11 +86,19 @@ def residual_lens(
         for number, text in enumerate(texts):
             states, hidden = passed_under(model, adapter, text, {*wanted, last})
             start = text.n_prompt - 1 if generated_only else 0
-            said = vocabulary.read([model.final_norm(states[layer][start:]) for layer in sorted(states)], k, chosen)
+            read = [_through(translators, layer, states[layer][start:]) for layer in sorted(states)]
+            said = vocabulary.read([model.final_norm(h) for h in read], k, chosen)
             if number == 0:
                 _check_last(model, hidden[start:], said)
             parts.append(_Part(name, number, np.arange(start, len(text.tokens)), said))
-    return _tables(model, texts, parts, watch, sorted(wanted))
+    return _tables(model, texts, parts, watch, sorted(wanted), None if translators is None else "tuned")
+
+
+def _through(
+    translators: TunedLens | None, layer: int, h: Float[Tensor, "pos d_model"]
+) -> Float[Tensor, "pos d_model"]:
+    """A state as the lens reads it."""
+    return h if translators is None else translators(layer, h)
 
 
 def _check(model: LanguageModel, texts: Sequence[Text], conditions: Conditions, k: int, watch: Sequence[int]) -> None:
@@ -120,7 +136,12 @@ def readout(model: LanguageModel, states: Float[Tensor, "pos d_model"]) -> Float
 
 
 def _tables(
-    model: LanguageModel, texts: Sequence[Text], parts: Sequence[_Part], watch: Sequence[int], layers: Sequence[int]
+    model: LanguageModel,
+    texts: Sequence[Text],
+    parts: Sequence[_Part],
+    watch: Sequence[int],
+    layers: Sequence[int],
+    lens: str | None,
 ) -> ResidualLens:
     """Columns, not rows: a lens has millions of cells."""
     n_layers, k = len(layers), parts[0].said.top_ids.shape[-1]
@@ -146,6 +167,8 @@ def _tables(
     def frame(name: str, per_position: int, **columns: np.ndarray) -> pd.DataFrame:
         repeated = {column: np.repeat(values, per_position) for column, values in common.items()}
         repeated["condition"] = pd.Categorical.from_codes(numbers[repeated["condition"]], names)
+        if lens is not None:
+            repeated["lens"] = pd.Categorical.from_codes(np.zeros(len(repeated["text"]), dtype=np.int8), [lens])
         return tables.check(pd.DataFrame(repeated | columns), name)
 
     at = each([np.array(texts[part.text].tokens)[part.positions] for part in parts])

@@ -11,6 +11,7 @@ from steerlab import tables
 from steerlab.errors import UsageError, unknown
 from steerlab.plots.house import COLOURBAR, MONO, SEQUENTIAL, band, condition_colour, figure, label, readable, words
 
+TUNED = " (tuned lens)"
 LONGEST = 16  # positions whose words can be read
 BEFORE = 4  # of them in the prompt
 
@@ -34,7 +35,7 @@ def residual_lens(lens: pd.DataFrame, condition: str, text: int = 0, *, start: i
     said = part.pivot_table(index="layer", columns="position", values="token", aggfunc="first")
     own = part.drop_duplicates("position").set_index("position")["context"]
     below = [f"{p}  {label(readable(own[p]), limit=9)}" for p in share.columns]
-    made = figure(f"What each layer would say next, {words(condition)}", height=140 + 22 * len(share))
+    made = figure(f"What each layer would say next, {words(condition)}{_lens(lens)}", height=140 + 22 * len(share))
     made.add_heatmap(
         z=share.to_numpy(),
         x=below,
@@ -73,7 +74,7 @@ def lens_watched(watched: pd.DataFrame, generated: int | None = None) -> go.Figu
     if generated is not None:
         first = frame.groupby("text")["position"].transform("min")
         frame = frame.loc[frame["position"].sub(first).eq(generated)]
-    made = figure("Rank of chosen tokens by layer", height=430)
+    made = figure(f"Rank of chosen tokens by layer{_lens(watched)}", height=430)
     dashes = ("solid", "dash", "dot", "dashdot")
     for number, (token_id, of_token) in enumerate(frame.groupby("token_id", sort=False)):
         name = label(readable(str(of_token["token"].iloc[0])), limit=14)
@@ -103,7 +104,7 @@ def lens_spread(spread: pd.DataFrame, quantity: str = "kl_nats") -> go.Figure:
     if quantity not in titles:
         raise unknown("quantity", quantity, tuple(titles))
     what = titles[quantity].split(" (")[0]
-    made = figure(f"{what[0].upper()}{what[1:]} by layer", height=400)
+    made = figure(f"{what[0].upper()}{what[1:]} by layer{_lens(spread)}", height=400)
     for condition, part in spread.groupby("condition", observed=True, sort=False):
         by_text = part.pivot_table(index="layer", columns="text", values=quantity)
         colour = condition_colour(str(condition))
@@ -119,3 +120,8 @@ def lens_spread(spread: pd.DataFrame, quantity: str = "kl_nats") -> go.Figure:
         )
     made.update_xaxes(title_text="layer (0-based decoder block)")
     return made.update_yaxes(title_text=titles[quantity], rangemode="tozero")
+
+
+def _lens(table: pd.DataFrame) -> str:
+    """Which lens a table was read through, where it is not the plain one."""
+    return TUNED if "lens" in table.columns and "tuned" in set(table["lens"]) else ""

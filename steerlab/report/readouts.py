@@ -67,9 +67,11 @@ def stream_section(lens: pd.DataFrame, spread: pd.DataFrame) -> Section:
     half = spread["layer"] == spread["layer"].max() // 2
     middle = spread.loc[half].groupby("condition", observed=True)["kl_nats"].mean()
     told = ", ".join(f"{value:.2f} nats ({condition})" for condition, value in middle.items())
+    tuned = "lens" in spread.columns and "tuned" in set(spread["lens"])
+    behind = "to what a tuned lens makes of every block's output" if tuned else "after every block"
     return Section(
         "Logit lens of the residual stream",
-        "The model's own final norm and unembedding, applied after every block at every position of the same tokens. "
+        f"The model's own final norm and unembedding, applied {behind} at every position of the same tokens. "
         f"Distance of the middle layer {spread['layer'].max() // 2} from the final answer, mean over "
         f"{spread['text'].nunique()} texts: {told}. The random direction has the vectors' lengths and is the control.",
         figures=(

@@ -10,6 +10,7 @@ _POSITION = (
     Column("position", "int", "1", "0-based token of the text, whose successor is predicted"),
     Column("generated", "int", "1", "place of that successor in the completion; negative inside the prompt"),
 )
+_LENS = Column("lens", "str", "1", "tuned where states were translated first; absent for the plain lens", optional=True)
 _SPAN = (
     Column("from_layer", "int", "1", "lowest 0-based block whose vector, added alone, the row averages over"),
     Column("to_layer", "int", "1", "of the highest; equal to from_layer for one vector"),
@@ -25,6 +26,7 @@ _LANGUAGE_INTERVALS = (
 TEXTS: dict[str, tuple[Column, ...]] = {
     "residual_lens": (
         *_POSITION,
+        _LENS,
         Column("context", "str", "1", "text of the token at this position"),
         Column("layer", "int", "1", "0-based decoder block after which the stream is read"),
         Column("rank", "int", "1", "0 is the likeliest"),
@@ -34,6 +36,7 @@ TEXTS: dict[str, tuple[Column, ...]] = {
     ),
     "lens_watched": (
         *_POSITION,
+        _LENS,
         Column("layer", "int", "1", "0-based decoder block after which the stream is read"),
         Column("token_id", "int", "1", "vocabulary index of the watched token"),
         Column("token", "str", "1", "its text, decoded alone"),
@@ -42,6 +45,7 @@ TEXTS: dict[str, tuple[Column, ...]] = {
     ),
     "lens_spread": (
         *_POSITION,
+        _LENS,
         Column("layer", "int", "1", "0-based decoder block after which the stream is read"),
         Column("entropy_nats", "float", "nats", "entropy of what the layer would say"),
         Column("kl_nats", "float", "nats", "KL(the model's own output ‖ what the layer would say)"),

@@ -185,8 +185,8 @@ class Trainer:
         tried = list(batch.micro_batches(self.token_budget))
         if max(map(len, tried)) == 1:
             raise RunFailed(
-                f"memory ran out on a single row of the batch ({said}); free some and resume, or start a new run with "
-                "shorter rows (fewer new tokens), dtype bf16, higher layers only, or a smaller model"
+                f"memory ran out on a single completion or text ({said}); free some and resume, or start a new run "
+                "with fewer new tokens or shorter texts, dtype bf16, higher layers only, or a smaller model"
             )
         largest = max(micro.n_fed for micro in tried)
         self.shrink(max(1, min(self.token_budget, largest) // 2), "the update")

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from steerlab.adapters import Scope, SteeringVectors
+from steerlab.adapters import Scope, SteeringVectors, Translators, TunedLens
 from steerlab.errors import RunFailed, UsageError
 from steerlab.interp.residual_lens import residual_lens
 from steerlab.interp.texts import Text, contrasts
@@ -126,3 +126,44 @@ def test_a_text_has_a_prompt() -> None:
     for n_prompt in (0, 4):
         with pytest.raises(UsageError, match="cannot have"):
             Text((1, 2, 3), n_prompt)
+
+
+def tuned(model: LanguageModel, scale: float) -> TunedLens:
+    lens, draw = Translators().init(model), torch.Generator().manual_seed(0)
+    lens.restore({name: scale * torch.randn(x.shape, generator=draw) for name, x in lens.snapshot().items()})
+    return lens
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_zero_translators_are_the_plain_lens(family: str, tiny_models: dict[str, LanguageModel]) -> None:
+    """Bit for bit, and the tables say which lens it was."""
+    model, texts = tiny_models[family], [Text(tuple(range(40, 60)), 8)]
+    options = {"k": 3, "watch": (50,)}
+    plain = residual_lens(model, texts, {"base": None}, **options)
+    zero = residual_lens(model, texts, {"base": None}, translators=tuned(model, 0.0), **options)
+    for name in ("tokens", "watched", "spread"):
+        table = getattr(zero, name)
+        assert set(table["lens"]) == {"tuned"} and "lens" not in getattr(plain, name)
+        pd.testing.assert_frame_equal(table.drop(columns="lens"), getattr(plain, name))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_states_are_translated_all_but_the_last(family: str, tiny_models: dict[str, LanguageModel]) -> None:
+    model, text = tiny_models[family], Text(tuple(range(40, 60)), 8)
+    lens = tuned(model, 0.1)
+    with torch.no_grad():
+        spread = residual_lens(model, [text], {"base": None}, translators=lens).spread
+        states = model.cache(torch.tensor([text.tokens]), [Site("resid_post", layer) for layer in range(4)])
+        own = model.logits(torch.tensor([text.tokens]))[0].log_softmax(-1)
+        for site, h in states.items():
+            said = model.unembed(model.final_norm(lens(site.layer, h[0]))).log_softmax(-1)
+            expected = (own.exp() * (own - said)).sum(-1)
+            found = spread.loc[spread["layer"] == site.layer, "kl_nats"].to_numpy(copy=True)
+            torch.testing.assert_close(torch.from_numpy(found).to(expected), expected, rtol=1e-3, atol=1e-4)
+    assert spread.loc[spread["layer"] == 3, "kl_nats"].max() < 1e-5
+
+
+def test_translators_of_another_model_are_refused(tiny_llama: LanguageModel) -> None:
+    other = TunedLens({0: (torch.zeros(8, 8), torch.zeros(8))}, 4)
+    with pytest.raises(UsageError, match="another model"):
+        residual_lens(tiny_llama, [Text((40, 41), 1)], {"base": None}, translators=other)
