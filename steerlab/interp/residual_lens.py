@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -165,7 +166,7 @@ def _tables(
     numbers = np.array([names.index(part.condition) for part in parts])
 
     def frame(name: str, per_position: int, **columns: np.ndarray) -> pd.DataFrame:
-        repeated = {column: np.repeat(values, per_position) for column, values in common.items()}
+        repeated: dict[str, Any] = {column: np.repeat(values, per_position) for column, values in common.items()}
         repeated["condition"] = pd.Categorical.from_codes(numbers[repeated["condition"]], names)
         if lens is not None:
             repeated["lens"] = pd.Categorical.from_codes(np.zeros(len(repeated["text"]), dtype=np.int8), [lens])
