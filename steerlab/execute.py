@@ -19,7 +19,7 @@ from steerlab import held_out, tables
 from steerlab.adapters import Adapter, SteeringVectors, formats
 from steerlab.errors import UsageError
 from steerlab.interp.geometry import cosine_matrix, norms, singular_values, stable_rank
-from steerlab.interp.logit_lens import logit_lens
+from steerlab.interp.logit_lens import RESIDUAL_KINDS, logit_lens
 from steerlab.models import LanguageModel, load
 from steerlab.plots import geometry as plot_geometry
 from steerlab.plots import logit_lens as plot_lens
@@ -229,21 +229,21 @@ def read_run(run: Run, model: LanguageModel, adapter: Adapter) -> None:
 
 
 def read_vectors(run: Run, model: LanguageModel, vectors: SteeringVectors) -> None:
-    """Norms, cosines, singular values and the logit lens."""
-    lens = logit_lens(vectors, model.unembedding.weight, model.tokenizer)
+    """Norms, cosines, singular values and, of vectors in the residual stream, the logit lens."""
     found = {
         "norms": norms(vectors),
         "cosines": cosine_matrix(vectors),
         "singular_values": singular_values(vectors),
         "stable_rank": stable_rank(vectors),
-        "logit_lens": lens,
     }
+    if any(site.kind in RESIDUAL_KINDS for site in vectors.sites):
+        lens = found["logit_lens"] = logit_lens(vectors, model.unembedding.weight, model.tokenizer)
+        if len(lens):
+            run.save_figure("logit_lens", plot_lens.logit_lens(lens))
     for name, table in found.items():
         run.save_table(name, tables.check(table, name))
     run.save_figure("norms", plot_geometry.norms(found["norms"]))
     run.save_figure("cosines", plot_geometry.cosines(found["cosines"]))
-    if len(lens):
-        run.save_figure("logit_lens", plot_lens.logit_lens(lens))
 
 
 def write_report(run: Run) -> Path:

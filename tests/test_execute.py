@@ -10,7 +10,7 @@ import torch
 
 from steerlab import execute
 from steerlab.__main__ import main
-from steerlab.adapters import LoRA
+from steerlab.adapters import LoRA, Steering
 from steerlab.adapters.formats import load_adapter
 from steerlab.command_line.subjects import subject
 from steerlab.errors import UsageError
@@ -55,6 +55,16 @@ def test_a_lora_run_has_its_folder_and_no_readout_of_vectors(experiment: Experim
     assert weights.spec == SPEC and all(up.any() for _, up in weights.pairs.values())
     start = SPEC.init(model, torch.Generator().manual_seed(5))
     assert all((a - b).abs().max() < 0.1 for a, b in zip(weights.parameters(), start.parameters(), strict=True))
+
+
+def test_vectors_inside_a_branch_have_no_lens(experiment: Experiment, tmp_path: Path) -> None:
+    inside = replace(
+        experiment, adapter=Steering(layers=(1, 2), site="ln2"), updater=replace(experiment.updater, lr=0.01)
+    )
+    run = execute.execute(inside, tmp_path / "run")
+    assert run.manifest["status"] == "done" and run.table("norms")["norm"].gt(0).all()
+    assert "logit_lens" not in run.tables() and "cosines" in run.tables()
+    assert "Logit lens" not in run.path("report.html").read_text(encoding="utf-8")
 
 
 def test_a_stopped_lora_run_ends_with_the_same_bytes(experiment: Experiment, tmp_path: Path) -> None:

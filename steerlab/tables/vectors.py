@@ -58,6 +58,23 @@ VECTORS: dict[str, tuple[Column, ...]] = {
         Column("shuffled_low", "float", "share", "least of the shuffles"),
         Column("shuffled_high", "float", "share", "most of the shuffles"),
     ),
+    "steering_at_place": (
+        Column("condition", "str", "1", "trained, or random_reward"),
+        *_SITE,
+        Column(
+            "rate", "str", "1", "same: the layer's learning rate; scaled: smaller as what the vector is added to is"
+        ),
+        Column("lr", "float", "1", "learning rate"),
+        Column("norm", "float", "activation units", "Euclidean length of the vector, mean over seeds"),
+        Column("dose", "float", "share", "that length over the typical one of what the vector is added to"),
+        *_VALUE,
+        Column("least", "float", "share", "value of the lowest seed"),
+        Column("most", "float", "share", "value of the highest seed"),
+        Column("difference", "float", "share", "value less that of resid_post of the same layer, same seeds"),
+        Column("difference_low", "float", "share", "lower end of its paired 95 % interval"),
+        Column("difference_high", "float", "share", "upper end of its paired 95 % interval"),
+        *_COUNTS,
+    ),
     "magnitudes": (
         Column("condition", "str", "1", "trained, random (a direction of equal length), mean_difference, …"),
         Column("scale", "float", "1", "factor of the vectors; 0 is the base model"),

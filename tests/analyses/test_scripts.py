@@ -121,6 +121,22 @@ def test_adaptive(small_vectors: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+def test_steering_at_place(small_vectors: dict[str, Any]) -> None:
+    module = script("small_vectors/steering_at_place")
+    options = module.Options(**small_vectors, sites=("attn_out", "ln2"), norm_rates=("scaled", "same"))
+    table = module.main(options)
+    tables.check(table, "steering_at_place")
+    assert list(table["site"]) == ["attn_out", "ln2", "ln2", "resid_post", "resid_post"]
+    assert list(table["condition"]) == ["trained"] * 4 + ["random_reward"] and list(table["n_seeds"]) == [2] * 4 + [1]
+    assert list(table["rate"]) == ["same", "scaled", "same", "same", "same"]
+    assert table["lr"].to_numpy() == pytest.approx([0.1, table["lr"][1], 0.1, 0.1, 0.1]) and table["lr"][1] != 0.1
+    assert (table.loc[table["site"] == "resid_post", ["difference", "difference_low"]].iloc[0] <= 0).all()
+    assert table["dose"].gt(0).any() and table["least"].le(table["most"]).all()
+    assert (small_vectors["out"] / "steering_at_place" / "figures" / "steering_at_place.html").exists()
+    assert module.main(options).equals(table), "a finished study is read, not run again"
+
+
+@pytest.mark.slow
 def test_composition(small_vectors: dict[str, Any]) -> None:
     module = script("small_vectors/composition")
     table = module.main(module.Options(**small_vectors))

@@ -70,6 +70,32 @@ def test_recorded_is_teacher_forced(family: str, dtype: torch.dtype) -> None:
         assert not again[~batch.mask].any()
 
 
+PLACES = ("resid_pre", "attn_in", "ln1", "attn_out", "resid_mid", "mlp_in", "ln2", "mlp_out", "resid_post")
+
+
+@pytest.mark.parametrize("kind", PLACES)
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_a_vector_at_any_place_of_a_block(family: str, kind: str) -> None:
+    """Sampled with a cache, teacher-forced from the block on and in one plain pass: the same; the gradient is that of
+    the plain pass."""
+    model = tiny_model(family, torch.float64)
+    place = Site(kind, 2)
+    generator = torch.Generator().manual_seed(0)
+    vectors = SteeringVectors({place: 0.3 * torch.randn(32, generator=generator, dtype=torch.float64)})
+    policy = Policy(model, vectors)
+    rows = Rows.grid([0, 1, 2], 3)
+    out = policy.sample(PROMPTS, rows, SAMPLING, seed=1, keep=True)
+    batch = replace(
+        as_batch(PROMPTS, rows, out, SAMPLING.temperature), kept=out.kept(vectors.first_block, len(PROMPTS))
+    )
+    assert batch.kept is not None and batch.kept.block == 2 + (kind == "resid_post")
+    again, found = policy.logprobs(batch), plain(policy, batch)
+    assert torch.allclose(again.detach(), batch.logprobs, rtol=0, atol=1e-9)
+    assert torch.allclose(found.detach(), batch.logprobs, rtol=0, atol=1e-9)
+    (ours,), (theirs,) = (torch.autograd.grad(x.sum(), list(vectors.parameters())) for x in (again, found))
+    assert theirs.any() and torch.allclose(ours, theirs, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("family", ["mistral", "phi3", "gemma3"])
 def test_windows_shorter_than_the_prompt(family: str) -> None:
     model = tiny.model(family, dtype=torch.float64)
@@ -88,7 +114,7 @@ def plain(policy: Policy, batch: RolloutBatch) -> torch.Tensor:
         prompt, n = batch.prompts[batch.group[i]], int(batch.lengths[i])
         said = batch.completions[i, :n]
         tokens = torch.cat([torch.tensor(prompt), said])[None]
-        with torch.no_grad(), policy.adapter.attach(policy.model, layout=Layout.of_texts(tokens, len(prompt))):
+        with policy.adapter.attach(policy.model, layout=Layout.of_texts(tokens, len(prompt))):
             logits = policy.model.logits(tokens)[0, len(prompt) - 1 : -1]
         found[i, :n] = (logits / batch.temperature).log_softmax(-1).gather(-1, said[:, None])[:, 0]
     return found
