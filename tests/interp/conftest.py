@@ -2,46 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
 
 import pandas as pd
 import pytest
 import torch
 
+from letters import Letters
 from steerlab.adapters import Scope, SteeringVectors
 from steerlab.interp.texts import Text
 from steerlab.models import LanguageModel, Site, tiny
-from steerlab.tasks import Judgement, Message, Problem, Prompt, Task
+from steerlab.tasks import Task
 
 EVERYWHERE = Scope.all()
-
-
-@dataclass(frozen=True)
-class Letters:
-    """A task that is right when the completion begins with an ASCII letter."""
-
-    name: str = "letters"
-    opening: str = ""
-
-    def problems(self, split: str) -> list[Problem]:
-        return [Problem(10 * i, f"say {'so ' * (i % 3)}{i}", "a") for i in range(10)]
-
-    def prompt(self, problem: Problem) -> Prompt:
-        return Prompt((Message("user", problem.question),), "chat", self.opening)
-
-    def judge(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Judgement]:
-        right = [t[:1].isascii() and t[:1].isalpha() for t in (self.opening + text for text in texts)]
-        return [Judgement(float(r), r, t[:1] or None) for r, t in zip(right, texts, strict=True)]
-
-    def validate(self) -> list[tuple[Problem, Judgement]]:
-        return []
-
-    def few_shot(self, n: int, seed: int = 0) -> Letters:
-        return self
-
-    def opened(self, words: str) -> Letters:
-        return replace(self, opening=words)
 
 
 @pytest.fixture

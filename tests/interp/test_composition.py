@@ -3,73 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from letters import Letters, towards_letters
 from steerlab.adapters import SteeringVectors
 from steerlab.errors import UsageError
 from steerlab.interp import answers
 from steerlab.interp.composition import agreement, composition
 from steerlab.interp.persistence import persistence
 from steerlab.interp.texts import Text
-from steerlab.models import LanguageModel, Site
+from steerlab.models import LanguageModel
 from steerlab.plots.composition import composition as heat
 from steerlab.plots.composition import composition_sets
 from steerlab.rollouts import Condition, Evaluation, Sampling, evaluate
-from steerlab.tasks import Judgement, Message, Problem, Prompt
 
 Exact = Callable[..., LanguageModel]
 Pick = Callable[..., pd.DataFrame]
 Vectors = Callable[..., SteeringVectors]
 EVALUATION = Evaluation(samples=2, sampling=Sampling(max_new_tokens=3), shots=0, base=False, greedy=False)
-
-
-@dataclass(frozen=True)
-class Letters:
-    """Right when the completion begins with an ASCII letter: about one in five of a tiny model's."""
-
-    name: str = "letters"
-    opening: str = ""
-
-    def problems(self, split: str) -> list[Problem]:
-        of = range(12) if split == "test" else range(100, 110)
-        return [Problem(10 * i, f"say {'so ' * (i % 5)}{i}", "a") for i in of]
-
-    def prompt(self, problem: Problem) -> Prompt:
-        return Prompt((Message("user", problem.question),), "chat", self.opening)
-
-    def judge(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Judgement]:
-        right = [t[:1].isascii() and t[:1].isalpha() for t in (self.opening + text for text in texts)]
-        return [Judgement(float(r), r, t[:1] or None) for r, t in zip(right, texts, strict=True)]
-
-    def validate(self) -> list[tuple[Problem, Judgement]]:
-        return []
-
-    def few_shot(self, n: int, seed: int = 0) -> Letters:
-        return self
-
-    def opened(self, words: str) -> Letters:
-        return replace(self, opening=words)
-
-
 TASK = Letters()
-
-
-def letter_vector(model: LanguageModel, layer: int, scale: float) -> SteeringVectors:
-    """Towards letters in the unembedding, so that it raises the score."""
-    ids = [model.tokenizer.encode(c, add_special_tokens=False)[0] for c in "aekQR"]
-    towards = model.unembedding.weight[ids].mean(0).detach().double()
-    return SteeringVectors({Site("resid_post", layer): scale * towards / towards.norm()})
 
 
 @pytest.fixture
 def good(exact: Exact) -> tuple[LanguageModel, SteeringVectors]:
     """A model and vectors at three layers, of which the middle one helps little."""
     model = exact()
-    parts = [letter_vector(model, layer, scale) for layer, scale in ((1, 3.0), (2, 0.5), (3, 4.0))]
+    parts = [towards_letters(model, layer, scale) for layer, scale in ((1, 3.0), (2, 0.5), (3, 4.0))]
     return model, parts[0].merge(parts[1]).merge(parts[2])
 
 
@@ -110,8 +73,8 @@ def test_relative_is_one_where_the_pair_reaches_all_and_nought_where_it_adds_not
     good: tuple[LanguageModel, SteeringVectors], pick: Pick
 ) -> None:
     model, _ = good
-    half = letter_vector(model, 3, 1.5).merge(letter_vector(model, 2, 1.5)).merge(letter_vector(model, 1, 0.0))
-    whole = letter_vector(model, 3, 1.5).merge(letter_vector(model, 2, 1.5))
+    half = towards_letters(model, 3, 1.5).merge(towards_letters(model, 2, 1.5)).merge(towards_letters(model, 1, 0.0))
+    whole = towards_letters(model, 3, 1.5).merge(towards_letters(model, 2, 1.5))
     asked = replace(EVALUATION, samples=8)
     found = composition(model, TASK, half, asked, together=whole, control=0).pairs.set_index(["layer_i", "layer_j"])
     assert found.loc[(2, 3), "relative"] == found.loc[(2, 3), "relative_low"] == 1.0 and found.loc[(2, 3), "why"] == ""

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
+from letters import Letters, towards_letters
 from steerlab.adapters import SteeringVectors
 from steerlab.errors import UsageError
 from steerlab.interp.residual_maps import (
@@ -26,7 +27,6 @@ from steerlab.models import LanguageModel, Site
 from steerlab.plots.transfer import transfer as draw
 from steerlab.rollouts import Evaluation, Sampling
 from steerlab.rollouts.statistics import share_of_gain
-from steerlab.tasks import Judgement, Message, Problem, Prompt
 
 Exact = Callable[..., LanguageModel]
 Pick = Callable[..., pd.DataFrame]
@@ -35,43 +35,7 @@ EVALUATION = Evaluation(samples=8, sampling=Sampling(max_new_tokens=2), shots=0,
 TEXTS = [
     f"{word} and {n} more of {word[::-1]}s, é{n * 7}" for n, word in enumerate(["plum", "fig", "date", "pear"] * 4)
 ]
-
-
-@dataclass(frozen=True)
-class Letters:
-    """Right when the completion begins with an ASCII letter."""
-
-    name: str = "letters"
-    opening: str = ""
-
-    def problems(self, split: str) -> list[Problem]:
-        return [Problem(i, f"say {'so ' * (i % 3)}{i}", "a") for i in range(12)]
-
-    def prompt(self, problem: Problem) -> Prompt:
-        return Prompt((Message("user", problem.question),), "chat", self.opening)
-
-    def judge(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Judgement]:
-        right = [t[:1].isascii() and t[:1].isalpha() for t in (self.opening + text for text in texts)]
-        return [Judgement(float(r), r, t[:1] or None) for r, t in zip(right, texts, strict=True)]
-
-    def validate(self) -> list[tuple[Problem, Judgement]]:
-        return []
-
-    def few_shot(self, n: int, seed: int = 0) -> Letters:
-        return self
-
-    def opened(self, words: str) -> Letters:
-        return replace(self, opening=words)
-
-
 TASK = Letters()
-
-
-def letters(model: LanguageModel, layer: int, scale: float) -> SteeringVectors:
-    """Towards letters in the unembedding, so that it raises the score."""
-    ids = [model.tokenizer.encode(c, add_special_tokens=False)[0] for c in "aekQR"]
-    towards = model.unembedding.weight[ids].mean(0).detach().double()
-    return SteeringVectors({Site("resid_post", layer): scale * towards / towards.norm()})
 
 
 @pytest.fixture
@@ -200,7 +164,7 @@ def test_vectors_that_arrive_at_one_layer_are_summed(exact: Exact, vectors: Vect
 
 def test_base_is_nought_and_own_is_one(exact: Exact, vectors: Vectors, pick: Pick) -> None:
     model = exact()
-    own, other = letters(model, 3, 8.0), vectors(model)
+    own, other = towards_letters(model, 3, 8.0), vectors(model)
     donors = [Donor("same", model, (own,)), Donor("other", model, (other,))]
     found = transfer(donors, [Recipient("here", model, TASK, (own,)), Recipient("bare", model, TASK)], EVALUATION)
     table, here = found.table, pick(found.table, recipient="here")
@@ -249,7 +213,7 @@ def test_a_share_of_a_gain_is_only_told_where_there_is_a_gain() -> None:
 
 def test_the_figure_has_the_null_beside_the_grid(exact: Exact, vectors: Vectors) -> None:
     model = exact()
-    own = letters(model, 3, 8.0)
+    own = towards_letters(model, 3, 8.0)
     donors = [Donor("one", model, (own,)), Donor("two", model, (vectors(model),))]
     table = transfer(donors, [Recipient("here", model, TASK, (own,))], EVALUATION).table
     raw, shares = draw(table, "value"), draw(table)

@@ -2,53 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pandas as pd
 import pytest
 import torch
 
+from letters import Letters
 from steerlab import tables
 from steerlab.adapters import Scope, SteeringVectors
 from steerlab.errors import UsageError
 from steerlab.models import LanguageModel, Site
 from steerlab.rollouts import Condition, Evaluation, Policy, Sampling, evaluate
-from steerlab.tasks import Judgement, Message, Problem, Prompt
 
 EVERYWHERE = Scope.all()
 
 
-@dataclass(frozen=True)
-class Letters:
-    """Right when the completion begins with an ASCII letter."""
-
-    name: str = "letters"
-    opening: str = ""
-    shots: int = 0
-    n_test: int = 5
-
-    def problems(self, split: str) -> list[Problem]:
-        return [Problem(10 * i, f"say {'so ' * i}", "a") for i in range(self.n_test if split == "test" else 3)]
-
-    def prompt(self, problem: Problem) -> Prompt:
-        return Prompt((Message("user", "solved! " * self.shots + problem.question),), "chat", self.opening)
-
-    def judge(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Judgement]:
-        right = [t[:1].isascii() and t[:1].isalpha() for t in (self.opening + text for text in texts)]
-        return [Judgement(float(r), r, t[:1] or None) for r, t in zip(right, texts, strict=True)]
-
-    def validate(self) -> list[tuple[Problem, Judgement]]:
-        return []
-
-    def opened(self, words: str) -> Letters:
-        return replace(self, opening=words)
-
-    def few_shot(self, n: int, seed: int = 0) -> Letters:
-        return replace(self, shots=n)
-
-
-TASK = Letters()
+TASK = Letters(train=(0, 10, 20), test=(0, 10, 20, 30, 40))
 SAMPLING = Sampling(max_new_tokens=6)
 
 
@@ -151,7 +121,7 @@ def test_settings() -> None:
     assert len(Evaluation(split="train").problems(TASK)) == 3
     assert set(Evaluation(greedy=False, shots=0).baselines(TASK)) == {"base"}
     with pytest.raises(UsageError, match="test"):
-        Evaluation().problems(Letters(n_test=0))
+        Evaluation().problems(Letters(test=()))
     for wrong in ({"samples": 0}, {"max_rows": 0}, {"limit": 0}):
         with pytest.raises(UsageError):
             Evaluation(**wrong)

@@ -3,48 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
+from letters import Letters
 from steerlab.adapters import Steering
 from steerlab.errors import UsageError
 from steerlab.models import LanguageModel, tiny
 from steerlab.rollouts import Completions, Policy, Rows, Sampling
 from steerlab.runs import CostLedger
-from steerlab.tasks import Judgement, Message, Problem, Prompt, encode
+from steerlab.tasks import encode
 from steerlab.training import Rollouts, sources
 from steerlab.training.world import World
 
-
-@dataclass(frozen=True)
-class Letters:
-    """Right when the completion begins with an ASCII letter. `ids` are those of the train problems."""
-
-    ids: tuple[int, ...] = (0, 3, 6, 9, 12)
-    name: str = "letters"
-    opening: str = ""
-
-    def problems(self, split: str) -> list[Problem]:
-        return [Problem(i, f"question {i}", "a") for i in self.ids]
-
-    def prompt(self, problem: Problem) -> Prompt:
-        return Prompt((Message("user", problem.question),), "chat", self.opening)
-
-    def judge(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Judgement]:
-        right = [t[:1].isascii() and t[:1].isalpha() for t in (self.opening + text for text in texts)]
-        return [Judgement(2.0 * r - 1, r, t[:1] or None) for r, t in zip(right, texts, strict=True)]
-
-    def validate(self) -> list[tuple[Problem, Judgement]]:
-        return []
-
-    def opened(self, words: str) -> Letters:
-        return replace(self, opening=words)
-
-    def few_shot(self, n: int, seed: int = 0) -> Letters:
-        return self
+TASK = Letters(train=(0, 3, 6, 9, 12), wrong=-1.0)
 
 
 class Spy(Policy):
@@ -60,12 +33,12 @@ class Spy(Policy):
 
 
 def test_epochs_cover_every_problem_once(tiny_llama: LanguageModel) -> None:
-    source = Rollouts(Letters(), prompts=2, samples=2).open(Policy(tiny_llama), 0, CostLedger())
+    source = Rollouts(TASK, prompts=2, samples=2).open(Policy(tiny_llama), 0, CostLedger())
     seen = [i for step in range(10) for i in source.chosen(step)]
     for epoch in range(4):
         assert sorted(seen[5 * epoch : 5 * epoch + 5]) == [0, 1, 2, 3, 4]
     assert len({tuple(seen[5 * e : 5 * e + 5]) for e in range(4)}) > 1, "every epoch in the same order"
-    other = Rollouts(Letters(), prompts=2, samples=2).open(Policy(tiny_llama), 1, CostLedger())
+    other = Rollouts(TASK, prompts=2, samples=2).open(Policy(tiny_llama), 1, CostLedger())
     assert [i for step in range(10) for i in other.chosen(step)] != seen
 
 
@@ -80,7 +53,7 @@ def test_problems_that_come_twice_get_streams_of_their_own(tiny_llama: LanguageM
 
 
 def test_batch_metrics_and_texts(tiny_llama: LanguageModel) -> None:
-    ledger, task, policy = CostLedger(), Letters(), Spy(tiny_llama)
+    ledger, task, policy = CostLedger(), TASK, Spy(tiny_llama)
     source = Rollouts(task, prompts=3, samples=4, sampling=Sampling(temperature=0.8, max_new_tokens=5)).open(
         policy, 3, ledger
     )
@@ -114,9 +87,7 @@ def test_batch_metrics_and_texts(tiny_llama: LanguageModel) -> None:
 def test_a_step_in_two_halves_is_the_step(tiny_llama: LanguageModel) -> None:
     """What was asked for may be answered by anyone: here by the policy itself, without the source."""
     policy = Policy(tiny_llama)
-    source = Rollouts(Letters(), prompts=3, samples=2, sampling=Sampling(max_new_tokens=4)).open(
-        policy, 1, CostLedger()
-    )
+    source = Rollouts(TASK, prompts=3, samples=2, sampling=Sampling(max_new_tokens=4)).open(policy, 1, CostLedger())
     request, whole = source.request(5), source.next(5)
     halves = source.receive(5, request, request.sample(policy))
     assert torch.equal(halves.batch.completions, whole.batch.completions)
@@ -127,7 +98,7 @@ def test_a_step_in_two_halves_is_the_step(tiny_llama: LanguageModel) -> None:
 @pytest.mark.parametrize("prompts", [5, 7, 9])
 def test_shares_of_a_step_are_the_step(tiny_llama: LanguageModel, prompts: int) -> None:
     """Also where problems come twice in a step (5 problems): the streams are those of one process."""
-    spec = Rollouts(Letters(), prompts=prompts, samples=2, sampling=Sampling(max_new_tokens=3))
+    spec = Rollouts(TASK, prompts=prompts, samples=2, sampling=Sampling(max_new_tokens=3))
     policy = Policy(tiny_llama)
     whole = spec.open(policy, 0, CostLedger()).next(1)
     parts = [spec.open(policy, 0, CostLedger(), World(rank, 3)).next(1) for rank in range(3)]
@@ -143,18 +114,18 @@ def test_shares_of_a_step_are_the_step(tiny_llama: LanguageModel, prompts: int) 
 def test_bad_settings_are_refused(tiny_llama: LanguageModel) -> None:
     for options in ({"prompts": 0}, {"samples": 0}, {"max_rows": 0}, {"sampling": Sampling(temperature=0.0)}):
         with pytest.raises(UsageError):
-            Rollouts(Letters(), **options)
+            Rollouts(TASK, **options)
     with pytest.raises(UsageError, match="train"):
         Rollouts(Letters(())).open(Policy(tiny_llama), 0, CostLedger())
     with pytest.raises(UsageError, match="context"):  # before any step, not hours into a run
-        Rollouts(Letters(), sampling=Sampling(max_new_tokens=10_000)).open(Policy(tiny_llama), 0, CostLedger())
+        Rollouts(TASK, sampling=Sampling(max_new_tokens=10_000)).open(Policy(tiny_llama), 0, CostLedger())
 
 
 def test_too_many_states_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether states are kept is a rule of the run, and says nothing else of what is sampled."""
     model = tiny.model("llama")
     policy = Policy(model, Steering((2,)).init(model))
-    spec = Rollouts(Letters(), prompts=2, samples=2, sampling=Sampling(max_new_tokens=4))
+    spec = Rollouts(TASK, prompts=2, samples=2, sampling=Sampling(max_new_tokens=4))
     kept = spec.open(policy, 0, CostLedger()).next(0).batch
     monkeypatch.setattr(sources, "KEPT_BYTES", 2 * 2 * 2 * 4 * 32 * 4 - 1)
     bare = spec.open(policy, 0, CostLedger()).next(0).batch

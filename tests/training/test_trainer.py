@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from letters import Letters
 from steerlab.adapters import Steering
 from steerlab.batches import RolloutBatch
 from steerlab.errors import RunFailed
@@ -17,7 +18,7 @@ from steerlab.models import LanguageModel
 from steerlab.objectives import Learner, Loss, PolicyGradient
 from steerlab.rollouts import Evaluation, Policy, Sampling
 from steerlab.runs import Run
-from steerlab.tasks import Judgement, Message, Problem, Prompt, encode
+from steerlab.tasks import Judgement, Problem, encode
 from steerlab.training import AdamW, Experiment, Rollouts, StepDone, Trainer
 
 COINS = random.Random(0)
@@ -25,42 +26,24 @@ TIMES = ["wall_s", "tokens_per_s"]
 
 
 @dataclass(frozen=True)
-class Letters:
-    """Right when the completion begins with an ASCII letter, which the base model seldom does.
+class Paid(Letters):
+    """With `noise` the reward is a coin that knows nothing of the text; `hopeless`: nothing is right."""
 
-    With `noise` the reward is a coin that knows nothing of the text.
-    """
-
-    name: str = "letters"
-    opening: str = ""
     noise: bool = False
     hopeless: bool = False
 
     def problems(self, split: str) -> list[Problem]:
         return [Problem(i, "go" * i, "a") for i in range(6)]
 
-    def prompt(self, problem: Problem) -> Prompt:
-        return Prompt((Message("user", problem.question),), "chat", self.opening)
-
     def judge(self, problems: Sequence[Problem], texts: Sequence[str]) -> list[Judgement]:
-        right = [
-            t[:1].isascii() and t[:1].isalpha() and not self.hopeless for t in (self.opening + text for text in texts)
-        ]
-        paid = COINS.choices((0, 1), k=len(texts)) if self.noise else right
-        return [Judgement(float(p), r, t[:1] or None) for p, r, t in zip(paid, right, texts, strict=True)]
-
-    def validate(self) -> list[tuple[Problem, Judgement]]:
-        return []
-
-    def opened(self, words: str) -> Letters:
-        return replace(self, opening=words)
-
-    def few_shot(self, n: int, seed: int = 0) -> Letters:
-        return self
+        if self.hopeless:
+            return [Judgement(0.0, False, None) for _ in texts]
+        found = super().judge(problems, texts)
+        return [replace(j, reward=float(COINS.choice((0, 1)))) for j in found] if self.noise else found
 
 
 def experiment(
-    steps: int, task: Letters = Letters(), layers: tuple[int, ...] | None = None, lr: float = 0.05
+    steps: int, task: Letters = Paid(), layers: tuple[int, ...] | None = None, lr: float = 0.05
 ) -> Experiment:
     return Experiment(
         recipe="rloo",
@@ -103,7 +86,7 @@ def test_learns(tiny_llama: LanguageModel, tmp_path: Path, layers: tuple[int, ..
 def test_does_not_learn_from_noise(tiny_llama: LanguageModel, tmp_path: Path) -> None:
     """The same steps and rate that take the rewarded model above 0.9."""
     found = {}
-    for name, task in (("noise", Letters(noise=True)), ("letters", Letters())):
+    for name, task in (("noise", Paid(noise=True)), ("letters", Paid())):
         heard: list[StepDone] = []
         trainer(tiny_llama, experiment(30, task, lr=0.02), tmp_path / name, heard.append).fit()
         found[name] = sum(e.metrics["correct"] for e in heard[-5:]) / 5
@@ -233,7 +216,7 @@ def test_broken_at_the_first_step(tiny_llama: LanguageModel, tmp_path: Path) -> 
 
 def test_an_update_that_overflows_stops_and_keeps_the_checkpoint(tiny_llama: LanguageModel, tmp_path: Path) -> None:
     """Gradients of zero over a moment of zero, with nothing added to it."""
-    what = experiment(3, Letters(hopeless=True))
+    what = experiment(3, Paid(hopeless=True))
     trainer(tiny_llama, replace(what, steps=1), tmp_path / "run").fit()
     zero = trainer(tiny_llama, replace(what, updater=AdamW(eps=0.0)), tmp_path / "run")
     with pytest.raises(RunFailed, match=r"update of step 1 overflowed at vectors\.resid_post\.0.*step 1 stays"):
@@ -243,7 +226,7 @@ def test_an_update_that_overflows_stops_and_keeps_the_checkpoint(tiny_llama: Lan
 
 
 def test_no_group_has_a_signal(tiny_llama: LanguageModel, tmp_path: Path) -> None:
-    adapter = trainer(tiny_llama, experiment(3, Letters(hopeless=True)), tmp_path / "run").fit()
+    adapter = trainer(tiny_llama, experiment(3, Paid(hopeless=True)), tmp_path / "run").fit()
     assert not any(p.any() for p in adapter.parameters())
     metrics = Run.open(tmp_path / "run").metrics()
     assert metrics["loss"].tolist() == metrics["grad_norm"].tolist() == metrics["signal_share"].tolist() == [0.0] * 3
@@ -259,7 +242,7 @@ def test_counters(tiny_llama: LanguageModel, tmp_path: Path) -> None:
     assert cost["exchanged_bytes"] == 0
     assert cost["optimiser_bytes"] == 2 * 4 * adapter.n_parameters + 4 * 4
     assert cost["tokens_prompt"] == sum(len("go" * (i % 6)) for i in range(12)) + 12 * (
-        len(encode(Letters().prompt(Letters().problems("train")[0]), tiny_llama.tokenizer))
+        len(encode(Paid().prompt(Paid().problems("train")[0]), tiny_llama.tokenizer))
     )
     assert cost["tokens_completion"] == pytest.approx(32 * metrics["completion_tokens"].sum())
     assert min(cost["rollout_s"], cost["reward_s"], cost["update_s"]) > 0
