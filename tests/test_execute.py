@@ -94,6 +94,14 @@ def test_commands_on_a_lora(experiment: Experiment, tmp_path: Path, capsys: pyte
 
 def test_a_recipe_takes_layers_or_an_adapter(experiment: Experiment) -> None:
     task = experiment.source.task
-    assert rloo(task, adapter=SPEC).updater.lr < rloo(task).updater.lr
+    specs = (
+        None,
+        Steering(layers=(1,), site="ln2"),
+        SPEC,
+        LoRA(rank=1),
+        LoRA(rank=1, alpha=1.0, targets=("down_proj",)),
+    )
+    assert [rloo(task, adapter=spec).updater.lr for spec in specs] == [1e-2, 1e-2, 1e-3, 1e-3, 3e-2]
+    assert rloo(task, adapter=SPEC, lr=0.5).updater.lr == 0.5
     with pytest.raises(UsageError, match="inside it"):
         rloo(task, adapter=SPEC, layers=(1,))

@@ -102,6 +102,11 @@ class Adapter(Protocol):
 class AdapterSpec(Protocol):
     """Frozen description of an adapter, stored in a run's manifest."""
 
+    @property
+    def learning_rate(self) -> float:
+        """What recipes train it with unless told otherwise."""
+        ...
+
     def init(self, model: LanguageModel, generator: torch.Generator | None = None) -> Adapter:
         """The adapter in its first state, for `model`. Raises UsageError for what the model does not have."""
         ...

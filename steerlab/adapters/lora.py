@@ -32,6 +32,8 @@ class LoRA:
 
     targets: module names as PEFT takes them, each the end of a module's path ("q_proj", "down_proj", "mlp.c_proj"), or
     "all-linear" for every linear module of the blocks. Blocks only: never embeddings or the head.
+    Learning rate unless told otherwise: 1e-3; 3e-2 for rank 1 on one target, a vector whose strength depends on the
+    token (`analyses/small_vectors/adaptive.py`: 3e-3 learned nothing in 20 steps).
     """
 
     rank: int = 8
@@ -46,6 +48,11 @@ class LoRA:
             raise UsageError(f'LoRA targets {self.targets!r} is one text; write ("{self.targets}",) or "all-linear"')
         if not self.targets:
             raise UsageError('LoRA has no targets; name modules, e.g. ("q_proj", "v_proj"), or "all-linear"')
+
+    @property
+    def learning_rate(self) -> float:
+        one_vector = self.rank == 1 and self.targets != ALL_LINEAR and len(self.targets) == 1
+        return 3e-2 if one_vector else 1e-3
 
     def init(self, model: LanguageModel, generator: torch.Generator | None = None) -> LoRAWeights:
         """A drawn on the CPU from `generator` (None: one of seed 0), B zero.

@@ -28,11 +28,18 @@ Shift = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Steering:
-    """Spec of a set of vectors. layers: which blocks, None for all. site: site kind. scope: at which tokens."""
+    """Spec of a set of vectors. layers: which blocks, None for all. site: site kind. scope: at which tokens.
+
+    Learning rate unless told otherwise: 1e-2, best for vectors at all layers (`analyses/bias_only/layer_and_rate.py`).
+    """
 
     layers: tuple[int, ...] | None = None
     site: str = "resid_post"
     scope: Scope = Scope()
+
+    @property
+    def learning_rate(self) -> float:
+        return 1e-2
 
     def init(self, model: LanguageModel, generator: torch.Generator | None = None) -> SteeringVectors:  # noqa: ARG002
         """Zero vectors for `model`; draws nothing. Raises UsageError for a layer the model does not have."""

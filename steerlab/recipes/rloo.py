@@ -36,12 +36,11 @@ def rloo(
     """REINFORCE with a leave-one-out baseline; one update per batch, no KL, no clipping.
 
     `temperature` is that of the training rollouts; evaluation samples at 1. `layers` and `site` are the short form of
-    `adapter=Steering(layers, site)`. `lr` None is 1e-2 for steering vectors and 1e-3 for any other adapter.
+    `adapter=Steering(layers, site)`. `lr` None is the adapter's own: 1e-2 for steering vectors.
     """
     if adapter is not None and (layers is not None or site != "resid_post"):
         raise UsageError("layers and site describe steering vectors; with an adapter, say the layers inside it")
     trained = Steering(layers, site) if adapter is None else adapter
-    rate = lr if lr is not None else 1e-2 if isinstance(trained, Steering) else 1e-3
     sampling = Sampling(max_new_tokens=max_new_tokens)
     return Experiment(
         recipe="rloo",
@@ -49,7 +48,7 @@ def rloo(
         adapter=trained,
         source=Rollouts(task, prompts, samples, replace(sampling, temperature=temperature)),
         objective=PolicyGradient(advantage),
-        updater=AdamW(lr=rate),
+        updater=AdamW(lr=trained.learning_rate if lr is None else lr),
         evaluation=Evaluation(sampling=sampling),
         steps=steps,
         seed=seed,
