@@ -17,9 +17,12 @@ import tyro
 from steerlab.command_line import comparisons, readouts, together
 from steerlab.command_line.arguments import (
     RUN_OR_NOTHING,
+    ModelOf,
     OtherWeights,
     RunFolder,
     RunOrVectors,
+    Samples,
+    Seed,
     TaskOptions,
     parse,
     say,
@@ -110,7 +113,7 @@ def train(words: list[str]) -> int:
 
 def quickstart(
     out: Annotated[str, say("out")] = "runs/quickstart",
-    seed: Annotated[int, say("seed")] = 0,
+    seed: Seed = 0,
     scale: Annotated[
         Literal["tiny", "small"], tyro.conf.arg(help="tiny takes seconds and only shows that everything works.")
     ] = "small",
@@ -178,11 +181,11 @@ def stoppable(folder: str) -> Iterator[None]:
 
 def evaluate(
     target: Annotated[str, tyro.conf.Positional, RUN_OR_NOTHING] = "",
-    model: Annotated[str, say("model_of")] = "",
+    model: ModelOf = "",
     task: Annotated[str, tyro.conf.arg(help="Default: the task of the run. See `steerlab tasks`.")] = "",
     task_option: TaskOptions = (),
     split: Annotated[Literal["test", "train"], tyro.conf.arg(help="test: held-out problems.")] = "test",
-    samples: Annotated[int, say("samples")] = 8,
+    samples: Samples = 8,
     temperature: Annotated[float, say("temperature")] = 1.0,
     top_p: Annotated[float, say("top_p")] = 1.0,
     max_new_tokens: Annotated[int | None, tyro.conf.arg(help="In tokens; default: as in the run, else 32.")] = None,
@@ -237,11 +240,11 @@ def generate(
     samples: Annotated[int, tyro.conf.arg(help="Answers of each.")] = 1,
     temperature: Annotated[float, say("temperature")] = 1.0,
     max_new_tokens: Annotated[int, say("max_new_tokens")] = 64,
-    seed: Annotated[int, say("seed")] = 0,
+    seed: Seed = 0,
     style: Annotated[
         Literal["auto", "chat", "plain", "qwen_math", "r1"], tyro.conf.arg(help="Prompt style; auto: chat if it can.")
     ] = "auto",
-    model: Annotated[str, say("model_of")] = "",
+    model: ModelOf = "",
     allow_other_weights: OtherWeights = False,
 ) -> int:
     """Let a steered model answer a prompt, beside the base model if you like."""

@@ -85,6 +85,15 @@ RunOrVectors = Annotated[
 RUN_OR_NOTHING = tyro.conf.arg(help="A run or a file of vectors; nothing for a base model.", metavar="RUN")
 OtherWeights = Annotated[bool, tyro.conf.arg(help="Use the vectors though they were trained on other weights.")]
 TaskOptions = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], say("task_option")]
+TaskOf = Annotated[str, say("task_of")]
+Problems = Annotated[int, say("problems")]
+Samples = Annotated[int, say("samples")]
+Prompts = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], say("prompt")]
+Layers = Annotated[tuple[int, ...] | None, say("layers_read")]
+Seed = Annotated[int, say("seed")]
+ModelOf = Annotated[str, say("model_of")]
+Exactly = Annotated[str, say("dtype_read")]
+Folder = Annotated[str, tyro.conf.arg(help="Folder for tables and figures; default: the run's own.", metavar="FOLDER")]
 
 
 def parse(call: Callable[..., Any], words: Sequence[str], prog: str) -> Any:

@@ -10,8 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from steerlab.command_line.arguments import OtherWeights, RunOrVectors, TaskOptions, say
-from steerlab.command_line.readouts import Exactly, Folder, keep, place
+from steerlab.command_line.arguments import (
+    Exactly,
+    Folder,
+    Layers,
+    ModelOf,
+    OtherWeights,
+    RunOrVectors,
+    Samples,
+    Seed,
+    TaskOptions,
+    say,
+)
+from steerlab.command_line.readouts import keep, place
 from steerlab.command_line.terminal import console
 from steerlab.errors import UsageError
 
@@ -28,7 +39,6 @@ Beside = Annotated[
     tyro.conf.arg(help="Also directions from the base model's right and wrong train answers, at the vectors' lengths."),
 ]
 Problems = Annotated[int, tyro.conf.arg(help="Held-out problems that are answered.")]
-Layers = Annotated[tuple[int, ...] | None, say("layers_read")]
 TaskName = Annotated[str, tyro.conf.arg(help="What is answered; default: the task of the run.", metavar="NAME")]
 
 
@@ -40,10 +50,10 @@ def directions(
     ] = "last",
     task: TaskName = "",
     problems: Annotated[int, tyro.conf.arg(help="Train problems that the base model answers.")] = 64,
-    samples: Annotated[int, say("samples")] = 4,
+    samples: Samples = 4,
     layers: Layers = None,
-    seed: Annotated[int, say("seed")] = 0,
-    model: Annotated[str, say("model_of")] = "",
+    seed: Seed = 0,
+    model: ModelOf = "",
     dtype: Exactly = "fp32",
     out: Folder = "",
     allow_other_weights: OtherWeights = False,
@@ -55,7 +65,7 @@ def directions(
     from steerlab.interp.contrast import of_completions
 
     about = subject(run, model, dtype, allow_other_weights)
-    folder, vectors = place(about, out), chosen(about, layers)
+    folder, vectors = place(about, out), about.of_layers(layers)
     if not kept:
         found = contrast_of(about, asked_task(about, task), problems, samples, seed)
     elif about.run is None:
@@ -75,10 +85,10 @@ def magnitudes(
     beside: Beside = (),
     task: TaskName = "",
     problems: Problems = 32,
-    samples: Annotated[int, say("samples")] = 4,
+    samples: Samples = 4,
     layers: Layers = None,
-    seed: Annotated[int, say("seed")] = 0,
-    model: Annotated[str, say("model_of")] = "",
+    seed: Seed = 0,
+    model: ModelOf = "",
     dtype: Annotated[str, say("dtype")] = "auto",
     out: Folder = "",
     allow_other_weights: OtherWeights = False,
@@ -90,7 +100,7 @@ def magnitudes(
     from steerlab.progress import Progress
 
     about = subject(run, model, dtype, allow_other_weights)
-    folder, vectors, asked = place(about, out), chosen(about, layers), asked_task(about, task)
+    folder, vectors, asked = place(about, out), about.of_layers(layers), asked_task(about, task)
     others = baselines(about, vectors, beside, asked, seed)
     evaluation = evaluation_of(about, problems, samples)
     with Progress(console()) as progress:
@@ -120,10 +130,10 @@ def side_effects(
     other_option: TaskOptions = (),
     task: TaskName = "",
     problems: Problems = 32,
-    samples: Annotated[int, say("samples")] = 4,
+    samples: Samples = 4,
     layers: Layers = None,
-    seed: Annotated[int, say("seed")] = 0,
-    model: Annotated[str, say("model_of")] = "",
+    seed: Seed = 0,
+    model: ModelOf = "",
     dtype: Exactly = "fp32",
     out: Folder = "",
     allow_other_weights: OtherWeights = False,
@@ -142,7 +152,7 @@ def side_effects(
         raise UsageError("--other-option needs --other-task")
     other = make(other_task, **task_options(other_option)) if other_task else None
     about = subject(run, model, dtype, allow_other_weights)
-    folder, vectors = place(about, out), chosen(about, layers)
+    folder, vectors = place(about, out), about.of_layers(layers)
     prose = neutral(about.model, text or None, limit=texts)
     asked = asked_task(about, task) if equal_kl or beside else None
     others = {} if asked is None else baselines(about, vectors, beside, asked, seed)
@@ -163,11 +173,6 @@ def side_effects(
     if equal_kl:
         show.at_equal_kl(console(), found.tables["at_equal_kl"])
     return keep(found, folder)
-
-
-def chosen(about: Subject, layers: tuple[int, ...] | None) -> SteeringVectors:
-    """The subject's vectors, or those of some layers."""
-    return about.vectors if layers is None else about.vectors.select(layers)
 
 
 def asked_task(about: Subject, name: str) -> Task:

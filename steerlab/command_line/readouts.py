@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from steerlab.command_line.arguments import OtherWeights, RunOrVectors, say
+from steerlab.command_line.arguments import (
+    Exactly,
+    Folder,
+    Layers,
+    ModelOf,
+    OtherWeights,
+    Problems,
+    Prompts,
+    RunOrVectors,
+    Seed,
+    TaskOf,
+)
 from steerlab.command_line.terminal import console, tell
 from steerlab.errors import UsageError
 
@@ -20,19 +31,14 @@ if TYPE_CHECKING:
     from steerlab.readings import Reading
     from steerlab.runs import Run
 
-Exactly = Annotated[str, say("dtype_read")]
-Prompts = Annotated[tyro.conf.UseAppendAction[tuple[str, ...]], say("prompt")]
-Problems = Annotated[int, say("problems")]
-Folder = Annotated[str, tyro.conf.arg(help="Folder for tables and figures; default: the run's own.", metavar="FOLDER")]
-
 
 def lens(
     run: RunOrVectors,
     stream: Annotated[bool, tyro.conf.arg(help="Read what every layer would say on texts, not the vectors.")] = False,
     k: Annotated[int, tyro.conf.arg(help="Tokens at each end of the vocabulary; with --stream: likeliest ones.")] = 6,
     readout: Annotated[Literal["cosine", "dot", "softmax"], tyro.conf.arg(help="How tokens are scored.")] = "cosine",
-    layers: Annotated[tuple[int, ...] | None, say("layers_read")] = None,
-    task: Annotated[str, say("task_of")] = "",
+    layers: Layers = None,
+    task: TaskOf = "",
     problems: Problems = 8,
     prompt: Prompts = (),
     watch: Annotated[
@@ -43,8 +49,8 @@ def lens(
         str,
         tyro.conf.arg(help="With --stream: a tuned lens, or a run that trained one.", metavar="FOLDER"),
     ] = "",
-    seed: Annotated[int, say("seed")] = 0,
-    model: Annotated[str, say("model_of")] = "",
+    seed: Seed = 0,
+    model: ModelOf = "",
     dtype: Exactly = "fp32",
     out: Annotated[
         str, tyro.conf.arg(help="A .csv or .parquet file for the table; with --stream: a folder.", metavar="PATH")
@@ -73,7 +79,7 @@ def lens(
         )
         show.spread(console(), found.tables["lens_spread"])
         return keep(found, folder)
-    vectors = about.vectors if layers is None else about.vectors.select(layers)
+    vectors = about.of_layers(layers)
     table = logit_lens(vectors, about.model.unembedding.weight, about.model.tokenizer, k, (readout,))
     show.lens(console(), table, vectors)
     if out:
@@ -90,11 +96,11 @@ def tokens(
         bool, tyro.conf.arg(help="Also give the base model the most raised first token instead of the vectors.")
     ] = False,
     token: Annotated[str, tyro.conf.arg(help="With --append: give it this text instead.", metavar="TEXT")] = "",
-    task: Annotated[str, say("task_of")] = "",
+    task: TaskOf = "",
     problems: Problems = 32,
-    layers: Annotated[tuple[int, ...] | None, say("layers_read")] = None,
-    seed: Annotated[int, say("seed")] = 0,
-    model: Annotated[str, say("model_of")] = "",
+    layers: Layers = None,
+    seed: Seed = 0,
+    model: ModelOf = "",
     dtype: Exactly = "fp32",
     out: Folder = "",
     allow_other_weights: OtherWeights = False,
@@ -109,7 +115,7 @@ def tokens(
     about = subject(run, model, dtype, allow_other_weights)
     folder = place(about, out)
     texts = texts_about(about, (), task, problems, seed)
-    vectors = about.vectors if layers is None else about.vectors.select(layers)
+    vectors = about.of_layers(layers)
     found = readings.tokens(about.model, vectors, texts, k=k)
     show.raised(console(), found.tables["raised_tokens"], found.tables["token_effects"])
     if append:
@@ -121,12 +127,12 @@ def tokens(
 
 def persistence(
     run: RunOrVectors,
-    task: Annotated[str, say("task_of")] = "",
+    task: TaskOf = "",
     problems: Problems = 8,
     prompt: Prompts = (),
-    layers: Annotated[tuple[int, ...] | None, say("layers_read")] = None,
-    seed: Annotated[int, say("seed")] = 0,
-    model: Annotated[str, say("model_of")] = "",
+    layers: Layers = None,
+    seed: Seed = 0,
+    model: ModelOf = "",
     dtype: Exactly = "fp32",
     out: Folder = "",
     allow_other_weights: OtherWeights = False,
@@ -139,7 +145,7 @@ def persistence(
     about = subject(run, model, dtype, allow_other_weights)
     folder = place(about, out)
     texts = texts_about(about, prompt, task, problems, seed)
-    vectors = about.vectors if layers is None else about.vectors.select(layers)
+    vectors = about.of_layers(layers)
     found = readings.persistence(about.model, vectors, texts, seed=seed)
     show.persistence(console(), found.tables["persistence"])
     return keep(found, folder)
@@ -147,10 +153,10 @@ def persistence(
 
 def adaptive(
     run: RunOrVectors,
-    task: Annotated[str, say("task_of")] = "",
+    task: TaskOf = "",
     problems: Problems = 16,
-    seed: Annotated[int, say("seed")] = 0,
-    model: Annotated[str, say("model_of")] = "",
+    seed: Seed = 0,
+    model: ModelOf = "",
     dtype: Exactly = "fp32",
     out: Folder = "",
     allow_other_weights: OtherWeights = False,
@@ -197,12 +203,12 @@ def keep(found: Reading, run: Run) -> int:
 def languages(
     run: RunOrVectors,
     draws: Annotated[int, tyro.conf.arg(help="Random directions beside each vector.")] = 4,
-    task: Annotated[str, say("task_of")] = "",
+    task: TaskOf = "",
     problems: Problems = 4,
     prompt: Prompts = (),
-    layers: Annotated[tuple[int, ...] | None, say("layers_read")] = None,
-    seed: Annotated[int, say("seed")] = 0,
-    model: Annotated[str, say("model_of")] = "",
+    layers: Layers = None,
+    seed: Seed = 0,
+    model: ModelOf = "",
     dtype: Exactly = "fp32",
     out: Folder = "",
     allow_other_weights: OtherWeights = False,
@@ -215,7 +221,7 @@ def languages(
     about = subject(run, model, dtype, allow_other_weights)
     folder = place(about, out)
     texts = texts_about(about, prompt, task, problems, seed)
-    vectors = about.vectors if layers is None else about.vectors.select(layers)
+    vectors = about.of_layers(layers)
     found = readings.languages(about.model, vectors, texts, draws=draws, seed=seed)
     show.languages(console(), found.tables["language_gaps"], found.tables["languages"])
     return keep(found, folder)
@@ -227,11 +233,11 @@ def geometry(
         tyro.conf.Positional,
         tyro.conf.arg(help="A run or a file of vectors; several to compare their directions.", metavar="RUN [RUN …]"),
     ] = (),
-    task: Annotated[str, say("task_of")] = "",
+    task: TaskOf = "",
     problems: Problems = 8,
     prompt: Prompts = (),
-    seed: Annotated[int, say("seed")] = 0,
-    model: Annotated[str, say("model_of")] = "",
+    seed: Seed = 0,
+    model: ModelOf = "",
     dtype: Exactly = "fp32",
     out: Folder = "",
     allow_other_weights: OtherWeights = False,

@@ -39,6 +39,10 @@ class Subject:
             return self.adapter
         raise UsageError(f"{self.adapter or self.model} has no steering vectors to read; give a run that trained some")
 
+    def of_layers(self, layers: Sequence[int] | None) -> SteeringVectors:
+        """The vectors, or those of some layers. Raises UsageError as `vectors` does, and for a layer without one."""
+        return self.vectors if layers is None else self.vectors.select(layers)
+
     @property
     def experiment(self) -> Experiment | None:
         """Of a training run, else None."""

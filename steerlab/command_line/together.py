@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from steerlab.command_line.arguments import OtherWeights, TaskOptions, say, task_options
+from steerlab.command_line.arguments import Layers, OtherWeights, Seed, TaskOptions, say, task_options
 from steerlab.command_line.readouts import keep
 from steerlab.command_line.terminal import console
 from steerlab.errors import UsageError
@@ -68,7 +68,7 @@ def compose(
             metavar="RUN_OR_SWEEP",
         ),
     ],
-    layers: Annotated[tuple[int, ...] | None, say("layers_read")] = None,
+    layers: Layers = None,
     task: Asked = "",
     task_option: TaskOptions = (),
     samples: Samples = 4,
@@ -77,7 +77,7 @@ def compose(
     texts: Annotated[
         int, tyro.conf.arg(help="Answers of each vector on which its persistence is measured; 0 leaves it out.")
     ] = 4,
-    seed: Annotated[int, say("seed")] = 0,
+    seed: Seed = 0,
     dtype: Annotated[str, say("dtype")] = "auto",
     out: Folder = "",
     allow_other_weights: OtherWeights = False,
@@ -123,7 +123,7 @@ def transfer(
     texts: Texts = "",
     samples: Samples = 8,
     limit: Limit = None,
-    seed: Annotated[int, say("seed")] = 0,
+    seed: Seed = 0,
     dtype: Annotated[str, say("dtype")] = "auto",
     out: Folder = "",
 ) -> int:
