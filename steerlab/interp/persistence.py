@@ -131,7 +131,9 @@ def _rows(cell: Cell, said: Sequence[Sequence[float]]) -> list[dict[str, object]
     for quantity, values in zip(QUANTITIES, np.array(said).T, strict=True):
         known = values[np.isfinite(values)]
         if len(known):
-            interval = bootstrap_interval(known, bounds=(-1.0, 1.0), resamples=2_000)
+            # A length has no bound; where all are equal they are so by algebra (the vector itself, at its own layer).
+            bounds = (float(known.min()), float(known.max())) if quantity == "length" else (-1.0, 1.0)
+            interval = bootstrap_interval(known, bounds=bounds, resamples=2_000)
             value, low, high = interval.value, interval.low, interval.high
         else:
             value = low = high = float("nan")

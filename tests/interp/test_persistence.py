@@ -69,6 +69,9 @@ def test_at_its_own_layer_an_effect_is_the_vector(exact: Exact, vectors: Vectors
     assert set(table["condition"]) == {"trained", "random"}
     random = table.query("source == layer and quantity == 'diff_vector' and condition == 'random'")
     assert (random["value"].abs() < 0.9).all()
+    one = persistence(model, vectors(model), texts[:1], control=False).table.query("quantity == 'length'")
+    assert one["low"].to_numpy() == pytest.approx(one["value"].to_numpy())
+    assert one["high"].to_numpy() == pytest.approx(one["value"].to_numpy())
     lengths = table.query("source == layer and quantity == 'length'").pivot_table(
         index="source", columns="condition", values="value"
     )

@@ -8,6 +8,7 @@ so it must be a file.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import logging
@@ -148,6 +149,7 @@ def main() -> None:
     with torch.no_grad(), contextlib.redirect_stdout(io.StringIO()):
         found = {family: differences(family) for family in FAMILIES}
         found["refused"] = refused()
+        importlib.import_module("steerlab.execute")  # what is imported after nnsight meets its patches
     json.dump(found, sys.stdout)
 
 

@@ -38,10 +38,11 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Format:
-    """How to write and to read one kind of file."""
+    """How to write and to read one kind of file. (nnsight gives every object a `save`, which a field's default would
+    be.)"""
 
-    save: Callable[[Path, SteeringVectors, Provenance], None]
-    load: Callable[[Path, LanguageModel | None, bool], SteeringVectors]
+    write: Callable[[Path, SteeringVectors, Provenance], None]
+    read: Callable[[Path, LanguageModel | None, bool], SteeringVectors]
 
 
 FORMATS = {".safetensors": Format(own.save, own.load), ".npy": Format(npy.save, npy.load)}
@@ -71,7 +72,7 @@ def save(path: str | Path, adapter: Adapter, provenance: Provenance, unembed_has
     elif isinstance(adapter, TunedLens):
         tuned_lens.save(path, adapter, provenance, unembed_hash)
     elif isinstance(adapter, SteeringVectors):
-        _format(path).save(path, adapter, provenance)
+        _format(path).write(path, adapter, provenance)
     else:
         raise no_format(adapter)
 
@@ -112,7 +113,7 @@ def load(path: str | Path, model: LanguageModel | None = None, allow_other_weigh
     weights unless `allow_other_weights`. A `.npy` file names no weights: only its shape is checked.
     """
     path = Path(path)
-    vectors = _format(path).load(path, model, allow_other_weights)
+    vectors = _format(path).read(path, model, allow_other_weights)
     if model is not None:
         vectors.check(model)
     return vectors
