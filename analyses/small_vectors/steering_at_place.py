@@ -40,7 +40,7 @@ from steerlab.plots.steering_at_place import steering_at_place as plot
 from steerlab.progress import Progress
 from steerlab.readings import Reading
 from steerlab.recipes import rloo
-from steerlab.rollouts.statistics import paired_difference, problem_scores
+from steerlab.rollouts.statistics import Interval, paired_difference, problem_scores
 from steerlab.runs import Run
 from steerlab.tasks import Task, encode, make
 from steerlab.training import Experiment
@@ -158,8 +158,9 @@ def compared(model: LanguageModel, runs: Mapping[Cell, Sequence[Run]]) -> pd.Dat
     rows = []
     for cell, of in runs.items():
         (pooled,) = compare.scores({"": of}).query("metric.str.startswith('avg@')").to_dict("records")
-        beside = alone[cell.site.layer][: len(of)]
-        difference = paired_difference(scores[cell], beside)
+        beside = alone[cell.site.layer]
+        none = Interval(*[float("nan")] * 3)  # of itself
+        difference = none if scores[cell] is beside else paired_difference(scores[cell], beside[: len(of)])
         lengths = [formats.load(run.vectors_path, model).norms()[cell.site] for run in of]
         length, by_seed = sum(lengths) / len(lengths), scores[cell].mean(axis=1)
         rows.append(
