@@ -32,6 +32,11 @@ class Translators:
 
     layers: tuple[int, ...] | None = None
 
+    @property
+    def learning_rate(self) -> float:
+        """Of Adam, from `analyses/README.md`: higher is better on the mean and worse at the last layers."""
+        return 1e-3
+
     def init(self, model: LanguageModel, generator: torch.Generator | None = None) -> TunedLens:  # noqa: ARG002
         """Zeros for `model`, the plain lens; draws nothing. Raises UsageError for a layer that cannot have one."""
         layers = tuple(range(model.n_layers - 1)) if self.layers is None else self.layers

@@ -43,7 +43,7 @@ MEANINGS: Mapping[str, str] = {
     "max_new_tokens": "Longest completion, in tokens.",
     "temperature": "Sampling temperature; 0 is greedy.",
     "top_p": "Sample from the smallest set of tokens with this much probability.",
-    "lr": "Peak learning rate; None: the adapter's own (steering 1e-2, adaptive 3e-2, lora 1e-3).",
+    "lr": "Peak learning rate; None: the adapter's own (steering 1e-2, adaptive 3e-2, else 1e-3).",
     "text": "A file of prose (.txt or .gz) to learn from; default: WikiText-2 below $STEERLAB_DATA, else the package's "
     "own few hundred words.",
     "rows": "Texts per step.",

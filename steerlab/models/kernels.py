@@ -144,6 +144,17 @@ def _keep_likeliest(row: Any, first: int, best: Any, best_id: Any) -> None:
             least = best[best.shape[0] - 1]
 
 
+@called
+def _others_above(row: Any, level: Any, own: int) -> int:
+    """How many of `row` but its place `own` (if it has one) exceed `level`."""
+    n = 0
+    for j in range(row.shape[0]):
+        n += wide(row[j]) > level
+    if own >= 0 and own < row.shape[0] and wide(row[own]) > level:
+        n -= 1
+    return n
+
+
 @parallel
 def read_logits(
     logits_at: int,
@@ -190,20 +201,14 @@ def read_logits(
                 along += e * x
                 crossed += share[i, j] * x
         for w in range(watched):
-            n = 0
-            for j in range(width):
-                n += wide(row[j]) > seen[i, w]
-            at = watch[w] - first
-            if at >= 0 and at < width and wide(row[at]) > seen[i, w]:
-                n -= 1
-            above[i, w] += n
+            above[i, w] += _others_above(row, seen[i, w], watch[w] - first)
         if here > best[i, k - 1]:
             for start in range(0, width, 128):
                 _keep_likeliest(row[start : min(start + 128, width)], first + start, best[i], best_id[i])
         for j in range(i, i + 1):
-            if final:
-                shift[j] = exp(sums[j, 0] - top)
             shrunk = exp(sums[j, 0] - top)
+            if final:
+                shift[j] = shrunk
             sums[j, 0] = top
             sums[j, 1] = sums[j, 1] * shrunk + total
             sums[j, 2] = sums[j, 2] * shrunk + along

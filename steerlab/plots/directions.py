@@ -51,8 +51,9 @@ def directions(df: pd.DataFrame) -> go.Figure:
                 col=column,
             )
         layers = sorted(set(part["layer"]))
-        ticks = {"tickvals": layers} if len(layers) <= TICKED else {}
-        made.update_xaxes(title_text="layer (0-based)", **ticks, row=1, col=column)
+        made.update_xaxes(title_text="layer (0-based)", row=1, col=column)
+        if len(layers) <= TICKED:
+            made.update_xaxes(tickvals=layers, row=1, col=column)
     made.update_yaxes(range=[-0.02, 1.02])
     return made.update_yaxes(title_text="held-out AUROC (share of pairs)", row=1, col=1)
 

@@ -21,7 +21,7 @@ def tuned_lens(
     rows: int = 16,
     length: int = 128,
     counted: int = 16,
-    lr: float = 1e-3,
+    lr: float | None = None,
     seed: int = 0,
     dtype: str = "auto",
 ) -> Experiment:
@@ -30,13 +30,14 @@ def tuned_lens(
     `text` is a file of prose; without it WikiText-2 below `$STEERLAB_DATA` is read, else the package's own few hundred
     words, which only show that it works. A step reads `rows` rows of `length` tokens and learns at `counted` of each.
     """
+    trained = Translators()
     return Experiment(
         recipe="tuned_lens",
         model=model,
-        adapter=Translators(),
+        adapter=trained,
         source=Texts(Prose.find(text), rows, length, min(counted, length)),
         objective=LensDivergence(),
-        updater=AdamW(lr=lr),
+        updater=AdamW(lr=trained.learning_rate if lr is None else lr),
         evaluation=HeldOut(),
         steps=steps,
         seed=seed,
