@@ -58,6 +58,23 @@ class Plan(Protocol):
 
 
 _PLAN: ContextVar[Plan] = ContextVar("plan")
+_KEPT_AT: ContextVar[int | None] = ContextVar("kept_at", default=None)
+
+
+@contextmanager
+def kept_apart(layer: int) -> Iterator[None]:
+    """Inside the `with` plans keep keys and values as those of `layer`, whatever module they come from: one beyond the
+    model's own where a block runs a second time."""
+    token = _KEPT_AT.set(layer)
+    try:
+        yield
+    finally:
+        _KEPT_AT.reset(token)
+
+
+def _attend(layer: int, query: Tensor, key: Tensor, value: Tensor, rule: Rule) -> Tensor:
+    apart = _KEPT_AT.get()
+    return _PLAN.get().attend(layer if apart is None else apart, query, key, value, rule)
 
 
 def _planned(
@@ -73,7 +90,7 @@ def _planned(
 ) -> tuple[Tensor, None]:
     rule = Rule(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, sliding_window)
     layer: int = module.layer_idx  # type: ignore[assignment]
-    return _PLAN.get().attend(layer, query, key, value, rule).transpose(1, 2), None
+    return _attend(layer, query, key, value, rule).transpose(1, 2), None
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, _planned)
@@ -102,7 +119,7 @@ def _family_attention(module: Any) -> Any:
     rule = Rule(1.0, window=module.config.window_size if module.attention_type == "local" else None)
 
     def attend(query: Tensor, key: Tensor, value: Tensor, _mask: object = None) -> tuple[Tensor, None]:
-        return _PLAN.get().attend(module.layer_id, query, key, value, rule), None
+        return _attend(module.layer_id, query, key, value, rule), None
 
     return attend
 

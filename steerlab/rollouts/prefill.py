@@ -28,8 +28,9 @@ Unit = tuple[int, int]  # prompt, member
 
 @dataclass
 class Prefilled:
-    """keys: per layer, of every unit that differs there. unit: per layer, name → place in `keys`.
-    last: hidden state of each unit's last prompt token. written: per unit, what the block below its first one wrote."""
+    """keys: per layer (and behind them what `attention.kept_apart` keeps), of every unit that differs there. unit: per
+    layer, name → place in `keys`. last: of each unit, the hidden state of its last prompt token. written: of each unit,
+    what the block below its first one wrote."""
 
     keys: list[list[tuple[Tensor, Tensor]]]
     unit: list[dict[Unit, int]]
@@ -165,6 +166,9 @@ class Reader:
             self.attached.place(members[layout.sequence], layout)
 
         def keep_keys(layer: int, key: Tensor, value: Tensor) -> None:
+            while len(found.keys) <= layer:
+                found.keys.append([])
+                found.unit.append({})
             place = len(found.keys[layer])
             for i, (start, stop) in enumerate(bounds):
                 # Copies: a view would keep alive what was computed together with it (queries, for one).
