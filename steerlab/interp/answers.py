@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from jaxtyping import Float
 
-from steerlab.adapters import SteeringVectors
+from steerlab.adapters import Adapter
 from steerlab.models import LanguageModel
 from steerlab.rollouts import Condition, Evaluation, evaluate
 from steerlab.rollouts.evaluate import Done
@@ -22,7 +22,7 @@ from steerlab.tasks import Task
 
 MEMBERS = 32
 RESAMPLES = 2_000
-Seeds = Sequence[SteeringVectors | None]  # one set per training seed; None is the base model
+Seeds = Sequence[Adapter | None]  # one per training seed; None is the base model
 Scores = Float[np.ndarray, "_ problems"]  # by training seed (the base model has one) and problem
 
 

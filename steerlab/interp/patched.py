@@ -74,12 +74,20 @@ class Clean:
 @dataclass(frozen=True)
 class Patch:
     """name: as results call it. clean: what comes from the run without the vector; whole: the block's input does, so
-    there is no vector. reaches: who sees an attention that was patched."""
+    there is no vector. reaches: who sees an attention that was patched. family, part: `skip_head`, 3; "line" for what
+    is not one of many."""
 
     name: str
     clean: tuple[Clean, ...] = ()
     whole: bool = False
     reaches: Reaches = "all"
+    family: str = "line"
+    part: int = 0
+
+    @classmethod
+    def of(cls, family: str, part: int, clean: Clean) -> Patch:
+        """One of many."""
+        return cls(f"{family}({part})", (clean,), family=family, part=part)
 
     def seen_by(self, reaches: Reaches) -> Patch:
         """The same, seen by the residual stream or by the MLP only. Raises UsageError where attention is not patched,
@@ -122,22 +130,22 @@ SITES = {"head": "z", "q": "q", "k": "k", "v": "v"}  # k and v: by group of head
 def skip(kind: str, part: int) -> Patch:
     """One head, or one head's (group's) queries, keys or values do not see the vector. Raises UsageError for a kind
     that is not in `SITES`."""
-    return Patch(f"skip_{_known(kind)}({part})", (Clean(SITES[kind], (part,)),))
+    return Patch.of(f"skip_{_known(kind)}", part, Clean(SITES[kind], (part,)))
 
 
 def steer(kind: str, part: int) -> Patch:
     """Of attention, only one head (or its queries, keys or values) sees the vector."""
-    return Patch(f"steer_{_known(kind)}({part})", (Clean(SITES[kind], (part,), others=True),))
+    return Patch.of(f"steer_{_known(kind)}", part, Clean(SITES[kind], (part,), others=True))
 
 
 def skip_neurons(group: int, groups: int) -> Patch:
     """One of `groups` equal groups of the MLP's neurons does not see the vector."""
-    return Patch(f"skip_neurons({group})", (Clean("mlp_neurons", (group,), groups),))
+    return Patch.of("skip_neurons", group, Clean("mlp_neurons", (group,), groups))
 
 
 def steer_neurons(group: int, groups: int) -> Patch:
     """Of the MLP, only one of `groups` equal groups of neurons sees the vector."""
-    return Patch(f"steer_neurons({group})", (Clean("mlp_neurons", (group,), groups, others=True),))
+    return Patch.of("steer_neurons", group, Clean("mlp_neurons", (group,), groups, others=True))
 
 
 def _known(kind: str) -> str:

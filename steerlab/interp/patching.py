@@ -1,0 +1,188 @@
+"""What is left of a vector's effect when part of the next block does not see it (arXiv 2509.06608 §7).
+
+Two ways to ask of the same `Patch`es: let the patched model answer problems (`patched_answers`), or read texts under it
+(`patched_texts`). Of every patch its score and the share of the vector's effect that is `kept`: 0 as the base model, 1
+as the vector unpatched; missing where the effect itself is within its noise of 0.
+
+On texts, at the positions that predict generated tokens: `kl_nats`, KL(unpatched ‖ patched), kept = 1 − KL / that of
+the base; `logit_diff`, logit of the text's next token − logit of the token other than it that the base model holds
+likeliest. A random direction of the vector's length is patched alike, as a control. Sums are in fp64. Everything begins
+at the patched block, from what the base model wrote there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from steerlab import tables
+from steerlab.adapters import Adapter, SteeringVectors
+from steerlab.errors import UsageError
+from steerlab.interp.answers import RESAMPLES, scored
+from steerlab.interp.patched import LINES, Patch, Patched
+from steerlab.interp.states import check_texts, passed_under
+from steerlab.interp.texts import Text
+from steerlab.models import LanguageModel
+from steerlab.rollouts import Evaluation
+from steerlab.rollouts.evaluate import Done
+from steerlab.rollouts.statistics import bootstrap_interval, share_of_gain
+from steerlab.tasks import Task
+
+Metric = Literal["kl_nats", "logit_diff"]
+Grid = Float[np.ndarray, "seed unit"]  # a patch's score by training seed and problem or text
+
+
+def patched_answers(
+    model: LanguageModel,
+    task: Task,
+    vectors: SteeringVectors | Sequence[SteeringVectors],
+    patches: Sequence[Patch],
+    evaluation: Evaluation,
+    *,
+    done: Done | None = None,
+) -> pd.DataFrame:
+    """Table `patching` with avg@k: the patched models answer the problems, all from the same random streams. The lines
+    (`patched.LINES`) are always among the patches. vectors: of one layer, one set or one per training seed.
+
+    Raises UsageError as `Patched` does, and for seeds with vectors at different layers.
+    """
+    seeds, every = _seeds(vectors), _with_lines(patches)
+    sets = {patch.name: [Patched(of, patch) for of in seeds] for patch in every if not patch.whole}
+    for tried in sets.values():
+        with tried[0].attach(model):  # what does not fit is refused before anything is sampled
+            pass
+    bases = {patch.name: [None] for patch in every if patch.whole}
+    found: dict[str, Grid] = scored(model, task, {**bases, **sets}, evaluation, done)
+    return _table("trained", seeds, every, f"avg@{evaluation.samples}", {name: (of, of) for name, of in found.items()})
+
+
+@torch.no_grad()
+def patched_texts(
+    model: LanguageModel,
+    vectors: SteeringVectors | Sequence[SteeringVectors],
+    texts: Sequence[Text] | Sequence[Sequence[Text]],
+    patches: Sequence[Patch],
+    *,
+    metrics: Sequence[Metric] = ("kl_nats", "logit_diff"),
+    control: bool = True,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Table `patching` with `metrics`, on texts (with several training seeds, on each one's own, equally many).
+
+    Raises UsageError as `Patched` does, for seeds with vectors at different layers, and for no text.
+    """
+    seeds, every = _seeds(vectors), _with_lines(patches)
+    by_seed = _texts_of(texts, len(seeds))
+    for read in by_seed:
+        check_texts(model, read)
+    senders: dict[str, Sequence[SteeringVectors]] = {"trained": seeds}
+    if control:
+        senders["random"] = [of.randomise(torch.Generator().manual_seed(seed + n)) for n, of in enumerate(seeds)]
+    frames = []
+    for sender, sets in senders.items():
+        read = [list(_read(model, of, every, text)) for of, own in zip(sets, by_seed, strict=True) for text in own]
+        for metric in metrics:
+            grids = {
+                patch.name: np.array([_KEPT[metric](of) for of in (said[n] for said in read)])
+                .reshape(len(sets), -1, 2)
+                .transpose(2, 0, 1)
+                for n, patch in enumerate(every)
+            }
+            frames.append(_table(sender, sets, every, metric, {name: (of[0], of[1]) for name, of in grids.items()}))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _seeds(vectors: SteeringVectors | Sequence[SteeringVectors]) -> tuple[SteeringVectors, ...]:
+    """One set per training seed. Raises UsageError for none, or for different layers."""
+    seeds = (vectors,) if isinstance(vectors, SteeringVectors) else tuple(vectors)
+    if not seeds:
+        raise UsageError("no vectors to patch; give at least one set")
+    layers = sorted({of.layers for of in seeds})
+    if len(layers) > 1:
+        raise UsageError(f"the seeds' vectors are at different layers, {layers[0]} and {layers[1]}; select one layer")
+    return seeds
+
+
+def _with_lines(patches: Sequence[Patch]) -> list[Patch]:
+    """Every patch once, what they are compared with first."""
+    lines = [line() for line in LINES]
+    return list({patch.name: patch for patch in (*lines, *patches)}.values())
+
+
+def _texts_of(texts: Sequence[Text] | Sequence[Sequence[Text]], seeds: int) -> list[Sequence[Text]]:
+    """By seed. Raises UsageError where they are not equally many."""
+    own = [list(part) for part in texts if not isinstance(part, Text)]
+    shared = [part for part in texts if isinstance(part, Text)]
+    found: list[Sequence[Text]] = [shared] * seeds if shared or not own else list(own)
+    if len(found) != seeds or len({len(part) for part in found}) > 1:
+        raise UsageError(f"{seeds} training seeds need texts for each, equally many; give one list, or one per seed")
+    return found
+
+
+Said = tuple[float, float, float]  # of a text: KL(unpatched ‖ patched), that of the base, difference of logits
+
+
+def _read(model: LanguageModel, vectors: SteeringVectors, patches: Sequence[Patch], text: Text) -> Iterator[Said]:
+    """What each patch does to one text, means over its generated positions."""
+    block = vectors.layers[0] + 1
+    states, hidden = passed_under(model, None, text, [block - 1])
+    plain = _logits(model, hidden, text)
+    answer = torch.tensor(text.tokens[text.n_prompt :], device=plain.device)[:, None]
+    rival = plain.scatter(-1, answer, -torch.inf).argmax(-1, keepdim=True)
+
+    def under(adapter: Adapter) -> Tensor:
+        return _logits(model, passed_under(model, adapter, text, (), block=block, written=states[block - 1])[1], text)
+
+    whole = under(Patched(vectors, LINES[0]())).log_softmax(-1)
+    to_base = _kl(whole, plain.log_softmax(-1))
+    for patch in patches:
+        logits = plain if patch.whole else under(Patched(vectors, patch))
+        difference = logits.gather(-1, answer) - logits.gather(-1, rival)
+        yield _kl(whole, logits.log_softmax(-1)), to_base, float(difference.mean())
+
+
+def _logits(model: LanguageModel, hidden: Float[Tensor, "pos d_model"], text: Text) -> Float[Tensor, "new d_vocab"]:
+    """Where generated tokens are predicted, in fp64."""
+    return model.unembed(hidden[text.n_prompt - 1 : -1]).double()
+
+
+def _kl(p: Float[Tensor, "new d_vocab"], q: Float[Tensor, "new d_vocab"]) -> float:
+    """Mean KL(p ‖ q) of log-probabilities."""
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+_KEPT: Mapping[str, Callable[[Said], tuple[float, float]]] = {  # a text's value, and what grows with the effect kept
+    "kl_nats": lambda said: (said[0], said[1] - said[0]),
+    "logit_diff": lambda said: (said[2], said[2]),
+}
+
+
+def _table(
+    sender: str,
+    seeds: Sequence[SteeringVectors],
+    patches: Sequence[Patch],
+    metric: str,
+    found: Mapping[str, tuple[Grid, Grid]],
+) -> pd.DataFrame:
+    """A row per patch. found: by name, the values and what grows with the effect kept."""
+    floor, ceiling = found["base"][1], found["no_patch"][1]
+    rows = []
+    for patch in patches:
+        value, grown = found[patch.name]
+        bounds = (0.0, 1.0) if metric.startswith("avg@") else (float(value.min()), float(value.max()))
+        interval = bootstrap_interval(value, resamples=RESAMPLES, bounds=bounds)
+        kept = share_of_gain(grown, [floor], ceiling)
+        rows.append(
+            {"sender": sender, "layer": seeds[0].layers[0], "patch": patch.name}
+            | {"family": patch.family, "part": patch.part, "metric": metric}
+            | {"value": interval.value, "low": interval.low, "high": interval.high}
+            | {"kept": kept.value, "kept_low": kept.low, "kept_high": kept.high}
+            | {"n": ceiling.shape[1], "n_seeds": len(seeds)}
+        )
+    return tables.check(pd.DataFrame(rows), "patching")
