@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from steerlab.interp.logit_lens import logit_lens
     from steerlab.interp.magnitudes import magnitudes
     from steerlab.interp.neutral import neutral
+    from steerlab.interp.patched import Patched
+    from steerlab.interp.patching import patched_answers, patched_texts
     from steerlab.interp.persistence import persistence
     from steerlab.interp.residual_lens import residual_lens
     from steerlab.interp.residual_maps import fit_map
@@ -51,6 +53,7 @@ _HOMES = {
     "Experiment": "steerlab.training:Experiment",
     "LanguageModel": "steerlab.models:LanguageModel",
     "LoRA": "steerlab.adapters:LoRA",
+    "Patched": "steerlab.interp.patched:Patched",
     "Policy": "steerlab.rollouts:Policy",
     "RECIPES": "steerlab.recipes:RECIPES",
     "Recipient": "steerlab.interp.transfer:Recipient",
@@ -79,6 +82,8 @@ _HOMES = {
     "magnitudes": "steerlab.interp.magnitudes:magnitudes",
     "make_task": "steerlab.tasks:make",
     "neutral": "steerlab.interp.neutral:neutral",
+    "patched_answers": "steerlab.interp.patching:patched_answers",
+    "patched_texts": "steerlab.interp.patching:patched_texts",
     "persistence": "steerlab.interp.persistence:persistence",
     "relative_dose": "steerlab.interp.geometry:relative_dose",
     "residual_lens": "steerlab.interp.residual_lens:residual_lens",
@@ -104,6 +109,7 @@ __all__ = [
     "Experiment",
     "LanguageModel",
     "LoRA",
+    "Patched",
     "Policy",
     "Recipient",
     "Run",
@@ -131,6 +137,8 @@ __all__ = [
     "magnitudes",
     "make_task",
     "neutral",
+    "patched_answers",
+    "patched_texts",
     "persistence",
     "relative_dose",
     "residual_lens",

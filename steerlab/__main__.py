@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from steerlab.command_line import comparisons, readouts, together
+from steerlab.command_line import comparisons, patching, readouts, together
 from steerlab.command_line.arguments import (
     RUN_OR_NOTHING,
     ModelOf,
@@ -346,6 +346,7 @@ COMMANDS: Mapping[str, Callable[..., int]] = {
     "side-effects": comparisons.side_effects,
     "languages": readouts.languages,
     "geometry": readouts.geometry,
+    "patch": patching.patch,
     "report": report,
     "models": models,
     "recipes": recipes,

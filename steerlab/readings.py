@@ -40,6 +40,7 @@ from steerlab.plots import directions as plot_directions
 from steerlab.plots import geometry as plot_geometry
 from steerlab.plots import languages as plot_languages
 from steerlab.plots import magnitudes as plot_magnitudes
+from steerlab.plots import patching as plot_patching
 from steerlab.plots import persistence as plot_persistence
 from steerlab.plots import residual_lens as plot_lens
 from steerlab.plots import side_effects as plot_side_effects
@@ -270,6 +271,16 @@ def at_equal_kl(
     """The score of every set where it is as far from the base as the others on neutral text."""
     table = equal.at_equal_kl(model, sets, neutral, task, evaluation, targets_nats=targets_nats, done=done).table
     return Reading({"at_equal_kl": table}, {"at_equal_kl": plot_equal.at_equal_kl(table)})
+
+
+def patching(table: pd.DataFrame) -> Reading:
+    """A table of `interp.patching`, named after its metric; a figure per sender."""
+    metric = str(table["metric"].iloc[0]).partition("@")[0]
+    senders = list(dict.fromkeys(table["sender"]))
+    names = {sender: f"patching_{metric}" + ("" if sender == "trained" else f"_{sender}") for sender in senders}
+    return Reading(
+        {f"patching_{metric}": table}, {names[sender]: plot_patching.patching(table, sender) for sender in senders}
+    )
 
 
 def languages(

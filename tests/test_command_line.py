@@ -350,6 +350,22 @@ def test_magnitudes_are_read_into_the_run_and_its_report(sl: Sl, steered: Path) 
     assert "Scale of the vectors" in (steered / "report.html").read_text()
 
 
+def test_patches_are_read_into_the_run_and_its_report(sl: Sl, steered: Path) -> None:
+    refused = sl("patch", steered, "--problems", "2")
+    assert refused.code == 2 and "select one layer" in refused.err
+    said = sl("patch", steered, "--layer", "1", "--problems", "2", "--metric", "logit_diff")
+    assert said.code == 0 and "block 2 does not see the vector" in said.out
+    said = sl(
+        "patch", steered, "--layer", "1", "--problems", "2", "--samples", "1", "--metric", "accuracy", "--kind", "k"
+    )
+    run = Run.open(steered)
+    assert {"patching_logit_diff", "patching_avg"} <= set(run.tables())
+    assert {"skip_head", "steer_head"} <= set(run.table("patching_logit_diff")["family"])
+    assert {"patching_logit_diff", "patching_logit_diff_random", "patching_avg"} <= set(run.figures())
+    assert "Patching the next block" in (steered / "report.html").read_text()
+    assert sl("patch").code == 2
+
+
 def test_side_effects_are_read_into_the_run_and_its_report(
     sl: Sl, steered: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

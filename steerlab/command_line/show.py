@@ -279,6 +279,19 @@ def magnitudes(console: Console, table: pd.DataFrame) -> None:
     _grid(console, table, "scale", title, lambda row: f"{row['value']:.3f} ({row['low']:.3f}–{row['high']:.3f})")
 
 
+def patching(console: Console, table: pd.DataFrame) -> None:
+    """A row per patch: its score and the share of the vector's effect that is kept, beside a random direction's."""
+    first = table.iloc[0]
+    title = f"{first['metric']} when part of block {first['layer'] + 1} does not see the vector; kept: of its effect"
+    turned = table.rename(columns={"patch": "row", "sender": "condition"})
+
+    def told(row: dict[Hashable, Any]) -> str:
+        kept = "" if row["kept"] != row["kept"] else f", kept {row['kept']:.2f}"
+        return f"{row['value']:.3f} ({row['low']:.3f}–{row['high']:.3f}){kept}"
+
+    _grid(console, turned, "row", title, told)
+
+
 def side_effects(console: Console, table: pd.DataFrame) -> None:
     """A row per condition, a column per quantity, with 95 % intervals."""
     title = f"on {' and '.join(dict.fromkeys(table['measured_on'].astype(str)))}; KL in nats per token"

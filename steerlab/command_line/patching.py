@@ -1,0 +1,77 @@
+"""The command that patches: what is left of a vector's effect when part of the next block does not see it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Annotated, Literal
+
+import tyro
+
+from steerlab.command_line.arguments import OtherWeights, say
+from steerlab.command_line.readouts import Exactly, Folder, keep, names_of, place
+from steerlab.command_line.terminal import console
+from steerlab.errors import UsageError
+
+
+def patch(
+    runs: Annotated[
+        tuple[str, ...],
+        tyro.conf.Positional,
+        tyro.conf.arg(help="A run or a file of vectors; several training seeds are pooled.", metavar="RUN [RUN …]"),
+    ] = (),
+    kind: Annotated[
+        Literal["head", "q", "k", "v", "neurons"],
+        tyro.conf.arg(help="What is skipped and steered one by one: heads, their projections, groups of neurons."),
+    ] = "head",
+    layer: Annotated[
+        int | None, tyro.conf.arg(help="The vector that is followed, by its block; default: the only one there is.")
+    ] = None,
+    metric: Annotated[
+        Literal["logit_diff", "kl", "accuracy"],
+        tyro.conf.arg(help="On the steered model's answers, or by what the patched model answers itself."),
+    ] = "kl",
+    reaches: Annotated[
+        Literal["all", "residual", "mlp"], tyro.conf.arg(help="Who sees an attention that was patched.")
+    ] = "all",
+    groups: Annotated[int, tyro.conf.arg(help="With --kind neurons: how many groups.")] = 8,
+    task: Annotated[str, say("task_of")] = "",
+    problems: Annotated[int, say("problems")] = 32,
+    samples: Annotated[int, say("samples")] = 4,
+    seed: Annotated[int, say("seed")] = 0,
+    model: Annotated[str, say("model_of")] = "",
+    dtype: Exactly = "fp32",
+    out: Folder = "",
+    allow_other_weights: OtherWeights = False,
+) -> int:
+    """Patch the block behind a vector: which heads, projections or neurons carry its effect.
+
+    Tables and figures of several runs go to --out; without it to the first's folder.
+    """
+    from steerlab import readings
+    from steerlab.command_line import show
+    from steerlab.command_line.subjects import asked_about, subject, vectors_of
+    from steerlab.interp.patched import sweep
+    from steerlab.interp.patching import patched_answers, patched_texts
+    from steerlab.progress import Progress
+
+    if not runs:
+        raise UsageError("nothing to patch; give a run folder or a file of vectors, or several training seeds")
+    names_of(runs)
+    about = subject(runs[0], model, dtype, allow_other_weights)
+    others = [vectors_of(run, about.model, allow_other_weights) for run in runs[1:]]
+    seeds = [of if layer is None else of.select([layer]) for of in (about.vectors, *others)]
+    folder = place(about, out)
+    asked, evaluation = asked_about(about, task)
+    patches = [of.seen_by(reaches) for of in sweep(about.model, kind, groups=groups)]
+    with Progress(console()) as progress:
+        progress.stage(f"{len(patches)} patches of block {seeds[0].layers[0] + 1}")
+        if metric == "accuracy":
+            about.model.tune()
+            shorter = replace(evaluation, limit=problems, samples=samples)
+            table = patched_answers(about.model, asked, seeds, patches, shorter, done=progress.answered)
+        else:
+            texts = [readings.own_texts(about.model, of, asked, evaluation, problems, seed) for of in seeds]
+            name = "kl_nats" if metric == "kl" else "logit_diff"
+            table = patched_texts(about.model, seeds, texts, patches, metrics=[name], seed=seed)
+    show.patching(console(), table)
+    return keep(readings.patching(table), folder)
