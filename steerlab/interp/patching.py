@@ -140,11 +140,18 @@ def _read(model: LanguageModel, vectors: SteeringVectors, patches: Sequence[Patc
         return _logits(model, passed_under(model, adapter, text, (), block=block, written=states[block - 1])[1], text)
 
     whole = under(Patched(vectors, LINES[0]())).log_softmax(-1)
-    to_base = _kl(whole, plain.log_softmax(-1))
+    p = whole.exp()
+    entropy = -torch.linalg.vecdot(p, whole)
+
+    def kl_to(logits: Tensor) -> float:
+        """Mean KL(unpatched ‖ of these logits)."""
+        return float((logits.logsumexp(-1) - torch.linalg.vecdot(p, logits) - entropy).mean())
+
+    to_base = kl_to(plain)
     for patch in patches:
         logits = plain if patch.whole else under(Patched(vectors, patch))
         difference = logits.gather(-1, answer) - logits.gather(-1, rival)
-        yield _kl(whole, logits.log_softmax(-1)), to_base, float(difference.mean())
+        yield kl_to(logits), to_base, float(difference.mean())
 
 
 def _logits(model: LanguageModel, hidden: Float[Tensor, "pos d_model"], text: Text) -> Float[Tensor, "new d_vocab"]:
@@ -152,13 +159,8 @@ def _logits(model: LanguageModel, hidden: Float[Tensor, "pos d_model"], text: Te
     return model.unembed(hidden[text.n_prompt - 1 : -1]).double()
 
 
-def _kl(p: Float[Tensor, "new d_vocab"], q: Float[Tensor, "new d_vocab"]) -> float:
-    """Mean KL(p ‖ q) of log-probabilities."""
-    return float((p.exp() * (p - q)).sum(-1).mean())
-
-
 _KEPT: Mapping[str, Callable[[Said], tuple[float, float]]] = {  # a text's value, and what grows with the effect kept
-    "kl_nats": lambda said: (said[0], said[1] - said[0]),
+    "kl_nats": lambda said: (max(said[0], 0.0), said[1] - said[0]),
     "logit_diff": lambda said: (said[2], said[2]),
 }
 
