@@ -106,6 +106,18 @@ TEXTS: dict[str, tuple[Column, ...]] = {
         Column("high", "float", "cosine | activation units", "upper end of the 95 % interval over texts"),
         Column("n_texts", "int", "texts", "texts that have a value"),
     ),
+    "attribution": (
+        Column("sender", "str", "1", "trained, or random: directions of equal length"),
+        Column("kind", "str", "1", "vector, head, mlp, norm (what its scale changed), or total"),
+        Column("layer", "int", "1", "0-based decoder block; the number of blocks for the final norm, -1 for the total"),
+        Column("head", "int", "1", "0-based head, -1 for what is not one"),
+        Column("generated", "int", "1", "position in the completion, 0 is its first token; -1: mean over all"),
+        Column("value", "float", "logits", "added to the next token's logit minus the base's likeliest other's"),
+        Column("low", "float", "logits", "lower end of the 95 % interval over texts; missing for one text"),
+        Column("high", "float", "logits", "upper end of the 95 % interval over texts"),
+        Column("share", "float", "1", "of the total; missing where that is 0"),
+        Column("n_texts", "int", "texts", "texts that have this position"),
+    ),
     "adaptive": (
         Column("text", "int", "1", "index of the text"),
         Column("position", "int", "1", "0-based token of the text"),
