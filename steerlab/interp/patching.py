@@ -59,7 +59,8 @@ def patched_answers(
             pass
     bases = {patch.name: [None] for patch in every if patch.whole}
     found: dict[str, Grid] = scored(model, task, {**bases, **sets}, evaluation, done)
-    return _table("trained", seeds, every, f"avg@{evaluation.samples}", {name: (of, of) for name, of in found.items()})
+    grids = {name: (of, of) for name, of in found.items()}
+    return told("trained", seeds[0].layers[0], every, f"avg@{evaluation.samples}", grids)
 
 
 @torch.no_grad()
@@ -89,13 +90,16 @@ def patched_texts(
         read = [list(_read(model, of, every, text)) for of, own in zip(sets, by_seed, strict=True) for text in own]
         for metric in metrics:
             grids = {
-                patch.name: np.array([_KEPT[metric](of) for of in (said[n] for said in read)])
-                .reshape(len(sets), -1, 2)
-                .transpose(2, 0, 1)
-                for n, patch in enumerate(every)
+                patch.name: grids_of([said[n] for said in read], metric, len(sets)) for n, patch in enumerate(every)
             }
-            frames.append(_table(sender, sets, every, metric, {name: (of[0], of[1]) for name, of in grids.items()}))
+            frames.append(told(sender, sets[0].layers[0], every, metric, grids))
     return pd.concat(frames, ignore_index=True)
+
+
+def grids_of(said: Sequence[Said], metric: Metric, seeds: int) -> tuple[Grid, Grid]:
+    """Values by seed and text, and what grows with the effect kept."""
+    both = np.array([_KEPT[metric](of) for of in said]).reshape(seeds, -1, 2)
+    return both[..., 0], both[..., 1]
 
 
 def _seeds(vectors: SteeringVectors | Sequence[SteeringVectors]) -> tuple[SteeringVectors, ...]:
@@ -128,34 +132,46 @@ def _texts_of(texts: Sequence[Text] | Sequence[Sequence[Text]], seeds: int) -> l
 Said = tuple[float, float, float]  # of a text: KL(unpatched ‖ patched), that of the base, difference of logits
 
 
+class Scale:
+    """What is measured of logits at a text's generated positions, between those of the base and of the vector as it
+    is; all in fp64."""
+
+    def __init__(
+        self, text: Text, plain: Float[Tensor, "new d_vocab"], unpatched: Float[Tensor, "new d_vocab"]
+    ) -> None:
+        self.answer = torch.tensor(text.tokens[text.n_prompt :], device=plain.device)[:, None]
+        self.rival = plain.scatter(-1, self.answer, -torch.inf).argmax(-1, keepdim=True)
+        logprobs = unpatched.log_softmax(-1)
+        self.p = logprobs.exp()
+        self.entropy = -torch.linalg.vecdot(self.p, logprobs)
+        self.to_base = self.kl_to(plain)
+
+    def kl_to(self, logits: Float[Tensor, "new d_vocab"]) -> float:
+        """Mean KL(unpatched ‖ of these logits)."""
+        return float((logits.logsumexp(-1) - torch.linalg.vecdot(self.p, logits) - self.entropy).mean())
+
+    def of(self, logits: Float[Tensor, "new d_vocab"]) -> Said:
+        difference = logits.gather(-1, self.answer) - logits.gather(-1, self.rival)
+        return self.kl_to(logits), self.to_base, float(difference.mean())
+
+
 def _read(model: LanguageModel, vectors: SteeringVectors, patches: Sequence[Patch], text: Text) -> Iterator[Said]:
     """What each patch does to one text, means over its generated positions."""
     block = vectors.layers[0] + 1
     states, hidden = passed_under(model, None, text, [block - 1])
-    plain = _logits(model, hidden, text)
-    answer = torch.tensor(text.tokens[text.n_prompt :], device=plain.device)[:, None]
-    rival = plain.scatter(-1, answer, -torch.inf).argmax(-1, keepdim=True)
 
     def under(adapter: Adapter) -> Tensor:
-        return _logits(model, passed_under(model, adapter, text, (), block=block, written=states[block - 1])[1], text)
+        _, moved = passed_under(model, adapter, text, (), block=block, written=states[block - 1])
+        return predicting(model, moved, text)
 
-    whole = under(Patched(vectors, LINES[0]())).log_softmax(-1)
-    p = whole.exp()
-    entropy = -torch.linalg.vecdot(p, whole)
-
-    def kl_to(logits: Tensor) -> float:
-        """Mean KL(unpatched ‖ of these logits)."""
-        return float((logits.logsumexp(-1) - torch.linalg.vecdot(p, logits) - entropy).mean())
-
-    to_base = kl_to(plain)
+    plain = predicting(model, hidden, text)
+    scale = Scale(text, plain, under(Patched(vectors, LINES[0]())))
     for patch in patches:
-        logits = plain if patch.whole else under(Patched(vectors, patch))
-        difference = logits.gather(-1, answer) - logits.gather(-1, rival)
-        yield kl_to(logits), to_base, float(difference.mean())
+        yield scale.of(plain if patch.whole else under(Patched(vectors, patch)))
 
 
-def _logits(model: LanguageModel, hidden: Float[Tensor, "pos d_model"], text: Text) -> Float[Tensor, "new d_vocab"]:
-    """Where generated tokens are predicted, in fp64."""
+def predicting(model: LanguageModel, hidden: Float[Tensor, "pos d_model"], text: Text) -> Float[Tensor, "new d_vocab"]:
+    """Logits where generated tokens are predicted, in fp64."""
     return model.unembed(hidden[text.n_prompt - 1 : -1]).double()
 
 
@@ -165,14 +181,10 @@ _KEPT: Mapping[str, Callable[[Said], tuple[float, float]]] = {  # a text's value
 }
 
 
-def _table(
-    sender: str,
-    seeds: Sequence[SteeringVectors],
-    patches: Sequence[Patch],
-    metric: str,
-    found: Mapping[str, tuple[Grid, Grid]],
+def told(
+    sender: str, layer: int, patches: Sequence[Patch], metric: str, found: Mapping[str, tuple[Grid, Grid]]
 ) -> pd.DataFrame:
-    """A row per patch. found: by name, the values and what grows with the effect kept."""
+    """A row per patch of a table `patching`. found: by name, the values and what grows with the effect kept."""
     floor, ceiling = found["base"][1], found["no_patch"][1]
     rows = []
     for patch in patches:
@@ -181,10 +193,10 @@ def _table(
         interval = bootstrap_interval(value, resamples=RESAMPLES, bounds=bounds)
         kept = share_of_gain(grown, [floor], ceiling)
         rows.append(
-            {"sender": sender, "layer": seeds[0].layers[0], "patch": patch.name}
+            {"sender": sender, "layer": layer, "patch": patch.name}
             | {"family": patch.family, "part": patch.part, "metric": metric}
             | {"value": interval.value, "low": interval.low, "high": interval.high}
             | {"kept": kept.value, "kept_low": kept.low, "kept_high": kept.high}
-            | {"n": ceiling.shape[1], "n_seeds": len(seeds)}
+            | {"n": ceiling.shape[1], "n_seeds": len(ceiling)}
         )
     return tables.check(pd.DataFrame(rows), "patching")

@@ -106,6 +106,15 @@ TEXTS: dict[str, tuple[Column, ...]] = {
         Column("high", "float", "cosine | activation units", "upper end of the 95 % interval over texts"),
         Column("n_texts", "int", "texts", "texts that have a value"),
     ),
+    "attention": (
+        Column("sender", "str", "1", "trained, or random: directions of equal length"),
+        Column("layer", "int", "1", "0-based decoder block"),
+        Column("head", "int", "1", "0-based query head"),
+        Column("value", "float", "share", "total variation between patterns with and without, mean over texts"),
+        Column("low", "float", "share", "lower end of the 95 % interval over texts; missing for one text"),
+        Column("high", "float", "share", "upper end of the 95 % interval over texts"),
+        Column("n_texts", "int", "texts", "texts read"),
+    ),
     "attribution": (
         Column("sender", "str", "1", "trained, or random: directions of equal length"),
         Column("kind", "str", "1", "vector, head, mlp, norm (what its scale changed), or total"),
