@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from steerlab.execute import resume
     from steerlab.interp.adaptive import adaptive
     from steerlab.interp.at_equal_kl import at_equal_kl, scale_at_kl
+    from steerlab.interp.attention import attention, frozen_attention
+    from steerlab.interp.attribution import attribution
     from steerlab.interp.composition import composition
     from steerlab.interp.contrast import Contrast
     from steerlab.interp.directions import at_norms_of, directions
@@ -69,11 +71,14 @@ _HOMES = {
     "adaptive": "steerlab.interp.adaptive:adaptive",
     "at_equal_kl": "steerlab.interp.at_equal_kl:at_equal_kl",
     "at_norms_of": "steerlab.interp.directions:at_norms_of",
+    "attention": "steerlab.interp.attention:attention",
+    "attribution": "steerlab.interp.attribution:attribution",
     "composition": "steerlab.interp.composition:composition",
     "cosines_between": "steerlab.interp.geometry:cosines_between",
     "directions": "steerlab.interp.directions:directions",
     "evaluate": "steerlab.rollouts:evaluate",
     "fit_map": "steerlab.interp.residual_maps:fit_map",
+    "frozen_attention": "steerlab.interp.attention:frozen_attention",
     "gradient_energy": "steerlab.interp.gradient_energy:gradient_energy",
     "languages": "steerlab.interp.languages:languages",
     "load_model": "steerlab.models:load",
@@ -124,11 +129,14 @@ __all__ = [
     "adaptive",
     "at_equal_kl",
     "at_norms_of",
+    "attention",
+    "attribution",
     "composition",
     "cosines_between",
     "directions",
     "evaluate",
     "fit_map",
+    "frozen_attention",
     "gradient_energy",
     "languages",
     "load_model",

@@ -347,6 +347,8 @@ COMMANDS: Mapping[str, Callable[..., int]] = {
     "languages": readouts.languages,
     "geometry": readouts.geometry,
     "patch": patching.patch,
+    "attention": patching.attention,
+    "attribution": patching.attribution,
     "report": report,
     "models": models,
     "recipes": recipes,

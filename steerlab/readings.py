@@ -17,6 +17,8 @@ from steerlab.adapters import LoRAWeights, SteeringVectors, TunedLens
 from steerlab.errors import UsageError
 from steerlab.interp import adaptive as interp_adaptive
 from steerlab.interp import at_equal_kl as equal
+from steerlab.interp import attention as heads
+from steerlab.interp import attribution as parts
 from steerlab.interp import composition as combining
 from steerlab.interp import directions as contrasting
 from steerlab.interp import geometry as measuring
@@ -35,6 +37,8 @@ from steerlab.interp.texts import Conditions, Text, contrasts, sampled
 from steerlab.models import LanguageModel
 from steerlab.plots import adaptive as plot_adaptive
 from steerlab.plots import at_equal_kl as plot_equal
+from steerlab.plots import attention as plot_attention
+from steerlab.plots import attribution as plot_attribution
 from steerlab.plots import composition as plot_composition
 from steerlab.plots import directions as plot_directions
 from steerlab.plots import geometry as plot_geometry
@@ -281,6 +285,23 @@ def patching(table: pd.DataFrame) -> Reading:
     return Reading(
         {f"patching_{metric}": table}, {names[sender]: plot_patching.patching(table, sender) for sender in senders}
     )
+
+
+def attention(model: LanguageModel, vectors: SteeringVectors, texts: Sequence[Text], *, seed: int = 0) -> Reading:
+    """Which heads look elsewhere because of the vectors, and what is left of the effect where none does."""
+    table = heads.attention(model, vectors, texts, seed=seed)
+    frozen = heads.frozen_attention(model, vectors, texts, seed=seed)
+    return Reading({"attention": table, "frozen_attention": frozen}, {"attention": plot_attention.attention(table)})
+
+
+def attribution(model: LanguageModel, vectors: SteeringVectors, texts: Sequence[Text], *, seed: int = 0) -> Reading:
+    """Through which heads and MLPs the vectors' effect reaches the logits directly. The figure of heads is absent for
+    vectors of the last layer."""
+    table = parts.attribution(model, vectors, texts, seed=seed)
+    figures = {"attribution": plot_attribution.attribution(table)}
+    if vectors.first_block < model.n_layers:
+        figures["attribution_heads"] = plot_attribution.attribution_heads(table)
+    return Reading({"attribution": table}, figures)
 
 
 def languages(

@@ -366,6 +366,18 @@ def test_patches_are_read_into_the_run_and_its_report(sl: Sl, steered: Path) -> 
     assert sl("patch").code == 2
 
 
+def test_attention_and_attribution_are_read_into_the_run_and_its_report(sl: Sl, steered: Path) -> None:
+    said = sl("attention", steered, "--problems", "2", "--layers", "1")
+    assert said.code == 0 and "total variation" in said.out and "patterns held at the base's" in said.out
+    said = sl("attribution", steered, "--problems", "2", "--layers", "1")
+    assert said.code == 0 and "logits added to the next token" in said.out
+    run = Run.open(steered)
+    assert {"attention", "frozen_attention", "attribution"} <= set(run.tables())
+    assert {"attention", "attribution", "attribution_heads"} <= set(run.figures())
+    page = (steered / "report.html").read_text()
+    assert "Direct logit attribution" in page and "<h2>Attention" in page
+
+
 def test_side_effects_are_read_into_the_run_and_its_report(
     sl: Sl, steered: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""The command that patches: what is left of a vector's effect when part of the next block does not see it."""
+"""The commands that follow a vector's effect through the model: patches of the next block, attention, attribution."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import tyro
 
-from steerlab.command_line.arguments import OtherWeights, say
-from steerlab.command_line.readouts import Exactly, Folder, keep, names_of, place
+from steerlab.command_line.arguments import OtherWeights, RunOrVectors, say
+from steerlab.command_line.readouts import Exactly, Folder, Problems, Prompts, keep, names_of, place
 from steerlab.command_line.terminal import console
 from steerlab.errors import UsageError
 
@@ -48,7 +48,7 @@ def patch(
     Tables and figures of several runs go to --out; without it to the first's folder.
     """
     from steerlab import readings
-    from steerlab.command_line import show
+    from steerlab.command_line import show_paths
     from steerlab.command_line.subjects import asked_about, subject, vectors_of
     from steerlab.interp.patched import sweep
     from steerlab.interp.patching import patched_answers, patched_texts
@@ -73,5 +73,57 @@ def patch(
             texts = [readings.own_texts(about.model, of, asked, evaluation, problems, seed) for of in seeds]
             name = "kl_nats" if metric == "kl" else "logit_diff"
             table = patched_texts(about.model, seeds, texts, patches, metrics=[name], seed=seed)
-    show.patching(console(), table)
+    show_paths.patching(console(), table)
     return keep(readings.patching(table), folder)
+
+
+def attention(
+    run: RunOrVectors,
+    layers: Annotated[tuple[int, ...] | None, say("layers_read")] = None,
+    task: Annotated[str, say("task_of")] = "",
+    problems: Problems = 16,
+    prompt: Prompts = (),
+    seed: Annotated[int, say("seed")] = 0,
+    model: Annotated[str, say("model_of")] = "",
+    dtype: Exactly = "fp32",
+    out: Folder = "",
+    allow_other_weights: OtherWeights = False,
+) -> int:
+    """Show which heads look elsewhere because of the vectors, and whether that matters."""
+    from steerlab import readings
+    from steerlab.command_line import show_paths
+    from steerlab.command_line.subjects import subject, texts_about
+
+    about = subject(run, model, dtype, allow_other_weights)
+    folder = place(about, out)
+    texts = texts_about(about, prompt, task, problems, seed)
+    vectors = about.vectors if layers is None else about.vectors.select(layers)
+    found = readings.attention(about.model, vectors, texts, seed=seed)
+    show_paths.attention(console(), found.tables["attention"], found.tables["frozen_attention"])
+    return keep(found, folder)
+
+
+def attribution(
+    run: RunOrVectors,
+    layers: Annotated[tuple[int, ...] | None, say("layers_read")] = None,
+    task: Annotated[str, say("task_of")] = "",
+    problems: Problems = 16,
+    prompt: Prompts = (),
+    seed: Annotated[int, say("seed")] = 0,
+    model: Annotated[str, say("model_of")] = "",
+    dtype: Exactly = "fp32",
+    out: Folder = "",
+    allow_other_weights: OtherWeights = False,
+) -> int:
+    """Show through which heads and MLPs the vectors' effect reaches the logits directly."""
+    from steerlab import readings
+    from steerlab.command_line import show_paths
+    from steerlab.command_line.subjects import subject, texts_about
+
+    about = subject(run, model, dtype, allow_other_weights)
+    folder = place(about, out)
+    texts = texts_about(about, prompt, task, problems, seed)
+    vectors = about.vectors if layers is None else about.vectors.select(layers)
+    found = readings.attribution(about.model, vectors, texts, seed=seed)
+    show_paths.attribution(console(), found.tables["attribution"])
+    return keep(found, folder)

@@ -276,27 +276,14 @@ def magnitudes(console: Console, table: pd.DataFrame) -> None:
     """A row per scale, a column per set of vectors: avg@k with its 95 % interval."""
     first = table.iloc[0]
     title = f"{first['metric']} with 95 % intervals, {first['n_problems']} problems"
-    _grid(console, table, "scale", title, lambda row: f"{row['value']:.3f} ({row['low']:.3f}–{row['high']:.3f})")
-
-
-def patching(console: Console, table: pd.DataFrame) -> None:
-    """A row per patch: its score and the share of the vector's effect that is kept, beside a random direction's."""
-    first = table.iloc[0]
-    title = f"{first['metric']} when part of block {first['layer'] + 1} does not see the vector; kept: of its effect"
-    turned = table.rename(columns={"patch": "row", "sender": "condition"})
-
-    def told(row: dict[Hashable, Any]) -> str:
-        kept = "" if row["kept"] != row["kept"] else f", kept {row['kept']:.2f}"
-        return f"{row['value']:.3f} ({row['low']:.3f}–{row['high']:.3f}){kept}"
-
-    _grid(console, turned, "row", title, told)
+    grid(console, table, "scale", title, lambda row: f"{row['value']:.3f} ({row['low']:.3f}–{row['high']:.3f})")
 
 
 def side_effects(console: Console, table: pd.DataFrame) -> None:
     """A row per condition, a column per quantity, with 95 % intervals."""
     title = f"on {' and '.join(dict.fromkeys(table['measured_on'].astype(str)))}; KL in nats per token"
     turned = table.rename(columns={"condition": "row", "quantity": "condition"})
-    _grid(console, turned, "row", title, lambda row: f"{row['value']:.3g} ({row['low']:.3g}–{row['high']:.3g})")
+    grid(console, turned, "row", title, lambda row: f"{row['value']:.3g} ({row['low']:.3g}–{row['high']:.3g})")
 
 
 def at_equal_kl(console: Console, table: pd.DataFrame) -> None:
@@ -321,7 +308,7 @@ def _gained(row: Mapping[Hashable, Any]) -> tuple[str, str]:
     return f"{row['gain']:+.3f}", f"{row['gain_low']:+.3f} to {row['gain_high']:+.3f}"
 
 
-def _grid(
+def grid(
     console: Console, table: pd.DataFrame, index: str, title: str, told: Callable[[dict[Hashable, Any]], str]
 ) -> None:
     """A column per condition, a row per value of `index`."""

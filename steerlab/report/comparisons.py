@@ -3,15 +3,11 @@ absent if not made."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import Any
-
 import pandas as pd
 
 from steerlab.plots import at_equal_kl as equal_plots
 from steerlab.plots import directions as direction_plots
 from steerlab.plots import magnitudes as magnitude_plots
-from steerlab.plots import patching as patching_plots
 from steerlab.plots import side_effects as side_effect_plots
 from steerlab.plots.house import words
 from steerlab.report.page import Section, Table
@@ -29,8 +25,7 @@ def comparison_sections(run: Run) -> list[Section]:
         found.append(side_effects_section(run.table("side_effects")))
     if "at_equal_kl" in names:
         found.append(equal_kl_section(run.table("at_equal_kl")))
-    patched = [name for name in sorted(names) if name.startswith("patching_")]
-    return found + [patching_section(run.table(name)) for name in patched]
+    return found
 
 
 def directions_section(table: pd.DataFrame) -> Section:
@@ -71,33 +66,6 @@ def magnitudes_section(table: pd.DataFrame) -> Section:
         "the base model. The random direction has the vectors' lengths and is the control."
     )
     return Section("Scale of the vectors", text, figures=(magnitude_plots.magnitudes(table),))
-
-
-def patching_section(table: pd.DataFrame) -> Section:
-    """Which parts of the next block carry a vector's effect."""
-    first, trained = table.iloc[0], table.loc[table["sender"] == "trained"]
-    lines = trained.loc[(trained["family"] == "line") & ~trained["patch"].isin(("no_patch", "base"))]
-    told = ", ".join(f"{words(str(row['patch']))} {_kept(row)}" for row in lines.to_dict("records"))
-    skipped = trained.loc[trained["family"].str.startswith("skip_")].dropna(subset=["kept"])
-    most = "" if skipped.empty else f" Of single parts {_named(skipped.loc[skipped['kept'].idxmin()])} matters most."
-    text = (
-        f"Block {first['layer'] + 1} reads two streams, with and without the vector of layer {first['layer']}; what is "
-        f"left of the effect on {first['metric']} (0 as the base model, 1 as unpatched) when one part does not see it: "
-        f"{told}.{most} {first['n']} problems or texts, {first['n_seeds']} training seed(s)."
-    )
-    figures = tuple(patching_plots.patching(table, str(sender)) for sender in dict.fromkeys(table["sender"]))
-    note = "The second figure is of a random direction of the same length." if len(figures) > 1 else ""
-    return Section(f"Patching the next block, by {words(str(first['metric']))}", text, figures=figures, note=note)
-
-
-def _kept(row: dict[Hashable, Any]) -> str:
-    if row["kept"] != row["kept"]:
-        return "undefined (the effect is within its noise of 0)"
-    return f"{row['kept']:.2f} ({row['kept_low']:.2f} – {row['kept_high']:.2f})"
-
-
-def _named(row: pd.Series) -> str:
-    return f"{words(str(row['patch']))}, {_kept(row.to_dict())},"
 
 
 def side_effects_section(table: pd.DataFrame) -> Section:

@@ -22,6 +22,7 @@ from steerlab.plots.house import readable, words
 from steerlab.report.comparisons import comparison_sections
 from steerlab.report.lens_fit import lens_fit_section, lens_headline
 from steerlab.report.page import Comparison, Report, Section, Side, Table
+from steerlab.report.paths import path_sections
 from steerlab.report.readouts import reading_sections
 from steerlab.report.setup import cost, facts, setup, title
 from steerlab.rollouts.statistics import Interval, gain
@@ -56,7 +57,7 @@ def from_run(run: Run) -> str:
     if norms is not None:
         dose = run.table("relative_dose") if "relative_dose" in names else None
         report.add(geometry_section(norms, cosines, dose))
-    for section in (*reading_sections(run), *comparison_sections(run)):
+    for section in (*reading_sections(run), *path_sections(run), *comparison_sections(run)):
         report.add(section)
     report.add(cost(run, metrics))
     report.add(setup(run))

@@ -1,0 +1,72 @@
+"""What the commands that follow a vector's effect through the model show on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from steerlab.command_line.show import grid
+from steerlab.plots.house import words
+
+
+def patching(console: Console, table: pd.DataFrame) -> None:
+    """A row per patch: its score and the share of the vector's effect that is kept, beside a random direction's."""
+    first = table.iloc[0]
+    title = f"{first['metric']} when part of block {first['layer'] + 1} does not see the vector; kept: of its effect"
+    turned = table.rename(columns={"patch": "row", "sender": "condition"})
+
+    def told(row: dict[Hashable, Any]) -> str:
+        kept = "" if row["kept"] != row["kept"] else f", kept {row['kept']:.2f}"
+        return f"{row['value']:.3f} ({row['low']:.3f}–{row['high']:.3f}){kept}"
+
+    grid(console, turned, "row", title, told)
+
+
+def attention(console: Console, table: pd.DataFrame, frozen: pd.DataFrame, n: int = 10) -> None:
+    """The heads that look elsewhere most, beside what a random direction does to them; then what freezing leaves."""
+    by_head = table.pivot_table(index=["layer", "head"], columns="sender", values="value").reset_index()
+    interval = table.loc[table["sender"] == "trained"].set_index(["layer", "head"])
+    shown = Table(box=None, pad_edge=False, title="total variation between a head's patterns with and without")
+    for name in ("layer", "head", "trained", "95 % over texts", "random"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    for row in by_head.sort_values("trained", ascending=False).head(n).to_dict("records"):
+        ends = interval.loc[(row["layer"], row["head"])]
+        random = f"{row['random']:.3f}" if "random" in row else ""
+        span = "" if ends["low"] != ends["low"] else f"{ends['low']:.3f} to {ends['high']:.3f}"
+        shown.add_row(str(row["layer"]), str(row["head"]), f"{row['trained']:.3f}", span, random)
+    console.print(shown)
+    for row in frozen.loc[frozen["patch"] == "frozen_attention"].to_dict("records"):
+        told = f"patterns held at the base's: {_kept(row)} of the effect on {row['metric']} is left ({row['sender']})"
+        console.print(told, highlight=False, soft_wrap=True)
+
+
+def attribution(console: Console, table: pd.DataFrame, n: int = 12) -> None:
+    """The parts that add most, over all positions and at the first, beside what they add for a random direction."""
+    keys = ["kind", "layer", "head"]
+    shown = Table(box=None, pad_edge=False, title="logits added to the next token, over the base's likeliest other")
+    for name in ("part", "all positions", "95 % over texts", "first", "random"):
+        shown.add_column(name, justify="left" if name == "part" else "right", no_wrap=True)
+    every = table.loc[(table["generated"] == -1) & (table["sender"] == "trained")]
+    first = table.loc[(table["generated"] == 0) & (table["sender"] == "trained")].set_index(keys)["value"]
+    random = table.loc[(table["generated"] == -1) & (table["sender"] == "random")].set_index(keys)["value"]
+    total = every.loc[every["kind"] == "total"]
+    parts = every.loc[every["kind"] != "total"]
+    order = parts["value"].abs().sort_values(ascending=False).index[:n]
+    for row in pd.concat([total, parts.loc[order]]).to_dict("records"):
+        key = (row["kind"], row["layer"], row["head"])
+        place = "" if row["layer"] < 0 else f" {row['layer']}"
+        name = f"{words(str(row['kind']))}{place}" + (f".{row['head']}" if row["head"] >= 0 else "")
+        span = "" if row["low"] != row["low"] else f"{row['low']:+.3f} to {row['high']:+.3f}"
+        control = f"{random[key]:+.3f}" if key in random.index else ""
+        shown.add_row(name, f"{row['value']:+.3f}", span, f"{first[key]:+.3f}", control)
+    console.print(shown)
+
+
+def _kept(row: dict[Hashable, Any]) -> str:
+    if row["kept"] != row["kept"]:
+        return "an unknown share (it is within its noise of 0)"
+    return f"{row['kept']:.2f} ({row['kept_low']:.2f} to {row['kept_high']:.2f})"
