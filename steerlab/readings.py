@@ -278,13 +278,16 @@ def at_equal_kl(
 
 
 def patching(table: pd.DataFrame) -> Reading:
-    """A table of `interp.patching`, named after its metric; a figure per sender."""
-    metric = str(table["metric"].iloc[0]).partition("@")[0]
-    senders = list(dict.fromkeys(table["sender"]))
-    names = {sender: f"patching_{metric}" + ("" if sender == "trained" else f"_{sender}") for sender in senders}
-    return Reading(
-        {f"patching_{metric}": table}, {names[sender]: plot_patching.patching(table, sender) for sender in senders}
-    )
+    """A table of `interp.patching`, named after its metric; figures of its values by sender, and of what is kept where
+    that is known."""
+    name = f"patching_{str(table['metric'].iloc[0]).partition('@')[0]}"
+    figures = {}
+    for sender in dict.fromkeys(table["sender"]):
+        mine = name if sender == "trained" else f"{name}_{sender}"
+        figures[mine] = plot_patching.patching(table, sender)
+        if table.loc[table["sender"] == sender, "kept"].notna().any():
+            figures[f"{mine}_kept"] = plot_patching.patching(table, sender, "kept")
+    return Reading({name: table}, figures)
 
 
 def attention(model: LanguageModel, vectors: SteeringVectors, texts: Sequence[Text], *, seed: int = 0) -> Reading:

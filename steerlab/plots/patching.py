@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -12,6 +13,7 @@ from steerlab import tables
 from steerlab.errors import UsageError
 from steerlab.plots.house import COLOURS, HOUSE, band, label, words
 
+Quantity = Literal["value", "kept"]
 LINES = {
     "no_patch": "#111827",
     "skip_attention": COLOURS[1],
@@ -26,15 +28,19 @@ TITLES = {
 _PARTS = {"head": "head", "q": "head", "k": "group of heads", "v": "group of heads", "neurons": "group of neurons"}
 
 
-def patching(df: pd.DataFrame, sender: str = "trained") -> go.Figure:
+def patching(df: pd.DataFrame, sender: str = "trained", quantity: Quantity = "value") -> go.Figure:
     """A panel per family of patches (skip, steer) against head or group, with 95 % intervals; the lines with bands.
 
-    Of one metric and layer. Raises UsageError for several, a sender that is not there, or an empty table.
+    quantity: what was measured, or the share of the vector's effect that is kept, whose intervals are those of
+    differences on the same problems. Of one metric and layer. Raises UsageError for several, a sender that is not
+    there, an empty table, or nothing kept of an effect that is within its noise of 0.
     """
     tables.check(df, "patching")
     df = df.loc[df["sender"] == sender]
+    if quantity == "kept":
+        df = df.assign(value=df["kept"], low=df["kept_low"], high=df["kept_high"]).dropna(subset=["value"])
     if df.empty:
-        raise UsageError(f"the table is empty for sender {sender}; patch at least one vector")
+        raise UsageError(f"the table is empty for {quantity} of sender {sender}; patch at least one vector")
     for column in ("metric", "layer"):
         if len(set(df[column])) > 1:
             raise UsageError(f"the figure shows one {column}, the table has several; select one")
@@ -55,8 +61,10 @@ def patching(df: pd.DataFrame, sender: str = "trained") -> go.Figure:
             what = _PARTS.get(families[column - 1].partition("_")[2], "part")
             tick = math.ceil((last + 1) / 16)
             made.update_xaxes(title_text=what, dtick=tick, range=[-0.5, last + 0.5], row=1, col=column)
-    share = metric.startswith("avg@")
+    share = metric.startswith("avg@") and quantity == "value"
     name = label(f"{metric} (share of problems)" if share else TITLES.get(metric, metric))
+    if quantity == "kept":
+        name = label(f"share of the effect on {words(metric)} that is kept")
     made.update_yaxes(title_text=name, row=1, col=1)
     return made.update_yaxes(tickformat=".0%", rangemode="tozero") if share else made
 

@@ -70,9 +70,14 @@ def patching_section(table: pd.DataFrame) -> Section:
         f"left of the effect on {first['metric']} (0 as the base model, 1 as unpatched) when one part does not see it: "
         f"{told}.{most} {first['n']} problems or texts, {first['n_seeds']} training seed(s)."
     )
-    figures = tuple(patching_plots.patching(table, str(sender)) for sender in dict.fromkeys(table["sender"]))
+    known = trained["kept"].notna().any()
+    figures = [patching_plots.patching(table, quantity="kept" if known else "value")]
+    if (table["sender"] == "random").any():
+        figures.append(patching_plots.patching(table, "random"))
     note = "The second figure is of a random direction of the same length." if len(figures) > 1 else ""
-    return Section(f"Patching the next block, by {words(str(first['metric']))}", text, figures=figures, note=note)
+    return Section(
+        f"Patching the next block, by {words(str(first['metric']))}", text, figures=tuple(figures), note=note
+    )
 
 
 def _kept(row: dict[Hashable, Any]) -> str:

@@ -107,6 +107,8 @@ def test_figure(exact: Exact, vectors: Vectors, texts: list[Text]) -> None:
     figure = plot(table.loc[table["metric"] == "kl_nats"])
     titles = [note.text for note in figure.layout.annotations]
     assert any("skip head" in title for title in titles) and any("steer v" in title for title in titles)
+    kept = plot(table.loc[table["metric"] == "kl_nats"], "random", "kept")
+    assert "kept" in kept.layout.yaxis.title.text
     with pytest.raises(UsageError, match="one metric"):
         plot(table)
     with pytest.raises(UsageError, match="empty"):
