@@ -71,7 +71,7 @@ VECTORS: dict[str, tuple[Column, ...]] = {
         Column("least", "float", "share", "value of the lowest seed"),
         Column("most", "float", "share", "value of the highest seed"),
         Column(
-            "difference", "float", "share", "value less that of resid_post of the same layer, same seeds; missing there"
+            "difference", "float", "share", "value less that of resid_post of the same layer and seeds; missing there"
         ),
         Column("difference_low", "float", "share", "lower end of its paired 95 % interval"),
         Column("difference_high", "float", "share", "upper end of its paired 95 % interval"),
