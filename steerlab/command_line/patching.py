@@ -7,10 +7,24 @@ from typing import Annotated, Literal
 
 import tyro
 
-from steerlab.command_line.arguments import OtherWeights, RunOrVectors, say
-from steerlab.command_line.readouts import Exactly, Folder, Problems, Prompts, keep, names_of, place
+from steerlab.command_line.arguments import (
+    Exactly,
+    Folder,
+    Layers,
+    ModelOf,
+    OtherWeights,
+    Problems,
+    Prompts,
+    RunOrVectors,
+    Samples,
+    Seed,
+    TaskOf,
+)
+from steerlab.command_line.readouts import keep, names_of, place
 from steerlab.command_line.terminal import console
 from steerlab.errors import UsageError
+
+Kind = Literal["head", "q", "k", "v", "neurons"]
 
 
 def patch(
@@ -19,10 +33,7 @@ def patch(
         tyro.conf.Positional,
         tyro.conf.arg(help="A run or a file of vectors; several training seeds are pooled.", metavar="RUN [RUN …]"),
     ] = (),
-    kind: Annotated[
-        Literal["head", "q", "k", "v", "neurons"],
-        tyro.conf.arg(help="What is skipped and steered one by one: heads, their projections, groups of neurons."),
-    ] = "head",
+    kind: Annotated[Kind, tyro.conf.arg(help="What is skipped and steered one by one.")] = "head",
     layer: Annotated[
         int | None, tyro.conf.arg(help="The vector that is followed, by its block; default: the only one there is.")
     ] = None,
@@ -33,12 +44,12 @@ def patch(
     reaches: Annotated[
         Literal["all", "residual", "mlp"], tyro.conf.arg(help="Who sees an attention that was patched.")
     ] = "all",
-    groups: Annotated[int, tyro.conf.arg(help="With --kind neurons: how many groups.")] = 8,
-    task: Annotated[str, say("task_of")] = "",
-    problems: Annotated[int, say("problems")] = 32,
-    samples: Annotated[int, say("samples")] = 4,
-    seed: Annotated[int, say("seed")] = 0,
-    model: Annotated[str, say("model_of")] = "",
+    groups: Annotated[int, tyro.conf.arg(help="Of neurons, with --kind neurons.")] = 8,
+    task: TaskOf = "",
+    problems: Problems = 32,
+    samples: Samples = 4,
+    seed: Seed = 0,
+    model: ModelOf = "",
     dtype: Exactly = "fp32",
     out: Folder = "",
     allow_other_weights: OtherWeights = False,
@@ -79,12 +90,12 @@ def patch(
 
 def attention(
     run: RunOrVectors,
-    layers: Annotated[tuple[int, ...] | None, say("layers_read")] = None,
-    task: Annotated[str, say("task_of")] = "",
+    layers: Layers = None,
+    task: TaskOf = "",
     problems: Problems = 16,
     prompt: Prompts = (),
-    seed: Annotated[int, say("seed")] = 0,
-    model: Annotated[str, say("model_of")] = "",
+    seed: Seed = 0,
+    model: ModelOf = "",
     dtype: Exactly = "fp32",
     out: Folder = "",
     allow_other_weights: OtherWeights = False,
@@ -97,7 +108,7 @@ def attention(
     about = subject(run, model, dtype, allow_other_weights)
     folder = place(about, out)
     texts = texts_about(about, prompt, task, problems, seed)
-    vectors = about.vectors if layers is None else about.vectors.select(layers)
+    vectors = about.of_layers(layers)
     found = readings.attention(about.model, vectors, texts, seed=seed)
     show_paths.attention(console(), found.tables["attention"], found.tables["frozen_attention"])
     return keep(found, folder)
@@ -105,12 +116,12 @@ def attention(
 
 def attribution(
     run: RunOrVectors,
-    layers: Annotated[tuple[int, ...] | None, say("layers_read")] = None,
-    task: Annotated[str, say("task_of")] = "",
+    layers: Layers = None,
+    task: TaskOf = "",
     problems: Problems = 16,
     prompt: Prompts = (),
-    seed: Annotated[int, say("seed")] = 0,
-    model: Annotated[str, say("model_of")] = "",
+    seed: Seed = 0,
+    model: ModelOf = "",
     dtype: Exactly = "fp32",
     out: Folder = "",
     allow_other_weights: OtherWeights = False,
@@ -123,7 +134,7 @@ def attribution(
     about = subject(run, model, dtype, allow_other_weights)
     folder = place(about, out)
     texts = texts_about(about, prompt, task, problems, seed)
-    vectors = about.vectors if layers is None else about.vectors.select(layers)
+    vectors = about.of_layers(layers)
     found = readings.attribution(about.model, vectors, texts, seed=seed)
     show_paths.attribution(console(), found.tables["attribution"])
     return keep(found, folder)

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -181,8 +182,8 @@ class _Work:
             if attached is not None:
                 attached.place(None, self._layout(tokens, slice(self.start, None)))
             yield
-        for layer in () if self.kv is None else self.kv.layers:  # those below where a pass began have grown by nothing
-            assert layer.keys is not None and layer.values is not None
+        layers: list[Any] = [] if self.kv is None else self.kv.layers
+        for layer in layers:  # those below where a pass began have grown by nothing
             layer.keys, layer.values = layer.keys[:, :, : self.start], layer.values[:, :, : self.start]
 
     def run(

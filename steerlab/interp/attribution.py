@@ -138,7 +138,8 @@ def _of_block(
         before, after = projection(base.values[z]), projection(steered.values[z])
         in_front = norm.pulled(pulled, after)
         yield ("norm", layer, -1), norm.by_scale(pulled, before, after)
-    weight = projection.weight if isinstance(projection, nn.Linear) else projection.weight.T  # type: ignore[operator]
+    stored: Tensor = projection.weight  # type: ignore[assignment]
+    weight = stored if isinstance(projection, nn.Linear) else stored.T
     by_head = ((in_front @ weight) * (steered.values[z] - base.values[z])).unflatten(-1, (model.n_heads, -1)).sum(-1)
     for head in range(model.n_heads):
         yield ("head", layer, head), by_head[:, head]

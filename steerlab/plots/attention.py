@@ -29,7 +29,7 @@ def attention(df: pd.DataFrame) -> go.Figure:
     height = max(360, 110 + 15 * len(grids[0]))
     title = "How far heads look elsewhere because of the vector"
     made.update_layout(template=HOUSE, title_text=title, height=height, margin_t=84)
-    largest = float(df["value"].max())
+    largest = float(df["value"].to_numpy().max())
     for column, grid in enumerate(grids, start=1):
         made.add_heatmap(
             z=grid.to_numpy(),

@@ -72,8 +72,8 @@ def patching(df: pd.DataFrame, sender: str = "trained", quantity: Quantity = "va
 def _lines(made: go.Figure, lines: pd.DataFrame, ends: list[float], column: int) -> None:
     for record in lines.to_dict("records"):
         colour = LINES.get(record["patch"], COLOURS[4])
-        made.add_scatter(**band(ends, [record["low"]] * 2, [record["high"]] * 2, colour), row=1, col=column)
-        made.update_traces(fillcolor=_pale(colour), selector=len(made.data) - 1)
+        pale = band(ends, [record["low"]] * 2, [record["high"]] * 2, colour) | {"fillcolor": _pale(colour)}
+        made.add_scatter(**pale, row=1, col=column)
         made.add_scatter(
             x=ends,
             y=[record["value"]] * 2,

@@ -40,15 +40,15 @@ def attribution_section(table: pd.DataFrame) -> Section:
         f"directly through: {told}. The parts add up exactly."
     )
     figures = [attribution_plots.attribution(table)]
-    if (table["kind"] == "head").any():
+    if "head" in set(table["kind"]):
         figures.append(attribution_plots.attribution_heads(table))
     return Section("Direct logit attribution", text, figures=tuple(figures))
 
 
 def attention_section(table: pd.DataFrame, frozen: pd.DataFrame) -> Section:
     """Whether heads look elsewhere, and whether that matters."""
-    means = table.groupby("sender", sort=False)["value"].mean()
-    beside = f" (a random direction of equal length: {means['random']:.3f})" if "random" in means.index else ""
+    means = {sender: table.loc[table["sender"] == sender, "value"].to_numpy().mean() for sender in set(table["sender"])}
+    beside = f" (a random direction of equal length: {means['random']:.3f})" if "random" in means else ""
     left = frozen.loc[(frozen["patch"] == "frozen_attention") & (frozen["sender"] == "trained")]
     told = ", ".join(f"{_kept(row)} of that on {words(str(row['metric']))}" for row in left.to_dict("records"))
     text = (
@@ -72,7 +72,7 @@ def patching_section(table: pd.DataFrame) -> Section:
     )
     known = trained["kept"].notna().any()
     figures = [patching_plots.patching(table, quantity="kept" if known else "value")]
-    if (table["sender"] == "random").any():
+    if "random" in set(table["sender"]):
         figures.append(patching_plots.patching(table, "random"))
     note = "The second figure is of a random direction of the same length." if len(figures) > 1 else ""
     return Section(
