@@ -157,6 +157,16 @@ def test_steering_at_place(small_vectors: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+def test_patching(small_vectors: dict[str, Any]) -> None:
+    module = script("small_vectors/patching")
+    table = module.main(module.Options(**small_vectors))
+    tables.check(table, "patching")
+    assert set(table["metric"]) == {"kl_nats", "logit_diff", "avg@1"} and set(table["n_seeds"]) == {2}
+    assert {"skip_head", "steer_head", "line"} == set(table["family"])
+    assert (small_vectors["out"] / "patching-0" / "figures" / "patching_avg.html").exists()
+
+
+@pytest.mark.slow
 def test_composition(small_vectors: dict[str, Any]) -> None:
     module = script("small_vectors/composition")
     table = module.main(module.Options(**small_vectors))
