@@ -136,7 +136,7 @@ def test_answers_of_the_base_are_sorted_by_whether_they_are_right(tiny_llama: La
         for text in side:
             said = tiny_llama.tokenizer.decode(text.tokens[text.n_prompt :])
             assert (said[:1].isascii() and said[:1].isalpha()) is right
-    assert set(found.groups) <= {10 * i for i in range(10)} and not found.paired
+    assert set(found.groups) <= {problem.id for problem in letters.problems("train")} and not found.paired
     vectors = directions(tiny_llama, found, (2,), position="mean", shuffles=1).vectors
     assert all(made.layers == (2,) for made in vectors.values())
 
