@@ -14,7 +14,7 @@ with the exact numbers. Left out: resampling and mean ablation, more than one pl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -30,6 +30,7 @@ from steerlab import tables
 from steerlab.adapters import Adapter, Layout
 from steerlab.errors import UsageError
 from steerlab.models import LanguageModel, Site, hooks
+from steerlab.models.hooks import Edit, Keep
 from steerlab.rollouts.policy import in_use
 from steerlab.rollouts.statistics import bootstrap_interval, share_of_gain
 
@@ -106,7 +107,7 @@ def activation_patching(model: LanguageModel, pair: Pair, places: Sequence[Place
     """Table `activation_patching`: the metric with each of `places` taken from the clean run, mean over sequences with
     its interval. Raises UsageError for no place, or one that the model or the tokens do not have."""
     check_places(model, pair, places)
-    work = _Work(model, pair)
+    work = Work(model, pair)
     clean_end, clean = work.run(pair.clean, pair.clean_adapter, {Site(place.kind, place.layer) for place in places})
     corrupted_end = work.begin()
     found = [metric(work.patched(place, clean[Site(place.kind, place.layer)])) for place in places]
@@ -116,7 +117,7 @@ def activation_patching(model: LanguageModel, pair: Pair, places: Sequence[Place
 def attribution_patching(model: LanguageModel, pair: Pair, places: Sequence[Place], metric: Metric) -> pd.DataFrame:
     """The same table, each value estimated to first order: corrupted + (clean − corrupted) · ∂metric/∂value."""
     check_places(model, pair, places)
-    work, sites = _Work(model, pair), sorted({Site(place.kind, place.layer) for place in places})
+    work, sites = Work(model, pair), sorted({Site(place.kind, place.layer) for place in places})
     with torch.no_grad():
         clean_end, clean = work.run(pair.clean, pair.clean_adapter, sites)
     added: dict[Site, Tensor] = {}
@@ -155,7 +156,7 @@ def check_places(model: LanguageModel, pair: Pair, places: Sequence[Place]) -> N
             raise UsageError(f"position {place.position} is outside the {pair.clean.shape[1]} tokens; choose another")
 
 
-class _Work:
+class Work:
     """Passes over the tokens behind those that the runs have in common."""
 
     def __init__(self, model: LanguageModel, pair: Pair) -> None:
@@ -225,34 +226,53 @@ class _Work:
             x[:, where, part] = clean[:, where, part]
             return x
 
-        model, pair = self.model, self.pair
-        with (
-            self._under(pair.corrupted, pair.corrupted_adapter),
-            model.intervene({Site(place.kind, place.layer): edit}),
-        ):
-            if place.layer == 0:
-                hidden = model.hidden(pair.corrupted[:, self.start :], positions=self.positions, kv=self.kv)
+        return self.onward(place.layer, {Site(place.kind, place.layer): edit})
+
+    def onward(
+        self,
+        block: int,
+        edits: Mapping[Site, Edit],
+        notes: Iterable[tuple[Site, Keep]] = (),
+        adapter: Adapter | None = None,
+    ) -> Float[Tensor, "batch d_vocab"]:
+        """The last logits of the corrupted run from `block` on under `edits`; notes read before them. adapter: in the
+        place of the corrupted run's."""
+        model, tokens = self.model, self.pair.corrupted
+        used = self.pair.corrupted_adapter if adapter is None else adapter
+        with self._under(tokens, used), model.doors.open(edits.items(), notes=notes):
+            if block == 0:
+                hidden = model.hidden(tokens[:, self.start :], positions=self.positions, kv=self.kv)
             else:
-                written = self.written[place.layer]
-                hidden = model.forward_from(place.layer, written, positions=self.positions, kv=self.kv)
+                hidden = model.forward_from(block, self.written[block], positions=self.positions, kv=self.kv)
         return model.unembed(hidden[:, -1])
+
+
+def measured(found: Tensor, clean: Tensor, corrupted: Tensor) -> dict[str, float]:
+    """The columns that say what a metric is, and how far it has gone from the corrupted to the clean run."""
+    floor, ceiling, value = (end.double().cpu().numpy()[None] for end in (corrupted, clean, found))
+    bounds = float(min(value.min(), floor.min())), float(max(value.max(), ceiling.max()))
+    interval = bootstrap_interval(value, resamples=1_000, bounds=bounds)
+    share = share_of_gain(value, [floor], ceiling, resamples=1_000)
+    return {
+        "value": interval.value,
+        "low": interval.low,
+        "high": interval.high,
+        "recovered": share.value,
+        "recovered_low": share.low,
+        "recovered_high": share.high,
+        "clean": float(np.mean(ceiling)),
+        "corrupted": float(np.mean(floor)),
+        "n": len(found),
+    }
 
 
 def _table(places: Sequence[Place], found: Sequence[Tensor], clean: Tensor, corrupted: Tensor) -> pd.DataFrame:
     """A row per place, in order."""
-    floor, ceiling = (end.double().cpu().numpy()[None] for end in (corrupted, clean))
-    rows = []
-    for place, end in zip(places, found, strict=True):
-        value = end.double().cpu().numpy()[None]
-        bounds = float(min(value.min(), floor.min())), float(max(value.max(), ceiling.max()))
-        interval = bootstrap_interval(value, resamples=1_000, bounds=bounds)
-        share = share_of_gain(value, [floor], ceiling, resamples=1_000)
-        rows.append(
-            {"kind": place.kind, "layer": place.layer}
-            | {"head": -1 if place.head is None else place.head}
-            | {"position": -1 if place.position is None else place.position}
-            | {"value": interval.value, "low": interval.low, "high": interval.high}
-            | {"recovered": share.value, "recovered_low": share.low, "recovered_high": share.high}
-            | {"clean": float(np.mean(ceiling)), "corrupted": float(np.mean(floor)), "n": len(end)}
-        )
+    rows = [
+        {"kind": place.kind, "layer": place.layer}
+        | {"head": -1 if place.head is None else place.head}
+        | {"position": -1 if place.position is None else place.position}
+        | measured(end, clean, corrupted)
+        for place, end in zip(places, found, strict=True)
+    ]
     return tables.check(pd.DataFrame(rows), "activation_patching")

@@ -22,6 +22,17 @@ _LANGUAGE_INTERVALS = (
     Column("low_texts", "float", "nats", "lower end of the 95 % interval over texts; missing for cosine, for one text"),
     Column("high_texts", "float", "nats", "upper end of the 95 % interval over texts"),
 )
+_RECOVERED = (
+    Column("value", "float", "metric", "with that from the clean run, mean over sequences"),
+    Column("low", "float", "metric", "lower end of the 95 % interval over sequences"),
+    Column("high", "float", "metric", "upper end of the 95 % interval over sequences"),
+    Column("recovered", "float", "1", "0 as the corrupted run, 1 as the clean one; missing if they hardly differ"),
+    Column("recovered_low", "float", "1", "lower end of its 95 % interval"),
+    Column("recovered_high", "float", "1", "upper end of its 95 % interval"),
+    Column("clean", "float", "metric", "of the clean run"),
+    Column("corrupted", "float", "metric", "of the corrupted run"),
+    Column("n", "int", "sequences", "in either run"),
+)
 
 TEXTS: dict[str, tuple[Column, ...]] = {
     "residual_lens": (
@@ -111,15 +122,17 @@ TEXTS: dict[str, tuple[Column, ...]] = {
         Column("layer", "int", "1", "0-based decoder block"),
         Column("head", "int", "1", "0-based head (or group of heads), -1 for the whole site"),
         Column("position", "int", "1", "0-based token, -1 for all"),
-        Column("value", "float", "metric", "with this place from the clean run, mean over sequences"),
-        Column("low", "float", "metric", "lower end of the 95 % interval over sequences"),
-        Column("high", "float", "metric", "upper end of the 95 % interval over sequences"),
-        Column("recovered", "float", "1", "0 as the corrupted run, 1 as the clean one; missing if they hardly differ"),
-        Column("recovered_low", "float", "1", "lower end of its 95 % interval"),
-        Column("recovered_high", "float", "1", "upper end of its 95 % interval"),
-        Column("clean", "float", "metric", "of the clean run"),
-        Column("corrupted", "float", "metric", "of the corrupted run"),
-        Column("n", "int", "sequences", "in either run"),
+        *_RECOVERED,
+    ),
+    "path_patching": (
+        Column("sender", "str", "1", "embedding, vector, head, attention or mlp"),
+        Column("sender_layer", "int", "1", "0-based decoder block, -1 for the embedding"),
+        Column("sender_head", "int", "1", "0-based head, -1 for what is not one"),
+        Column("receiver", "str", "1", "q, k, v, mlp or logits"),
+        Column("receiver_layer", "int", "1", "0-based decoder block; the number of blocks for the logits"),
+        Column("receiver_head", "int", "1", "0-based head (k, v: group of heads), -1 for what is not one"),
+        Column("through", "str", "1", "direct, or mlps: what the MLPs between make of it goes along"),
+        *_RECOVERED,
     ),
     "attention": (
         Column("sender", "str", "1", "trained, or random: directions of equal length"),
