@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from steerlab.errors import RunFailed, UsageError
     from steerlab.execute import execute as train
     from steerlab.execute import resume
+    from steerlab.interp.activation_patching import Pair, activation_patching, attribution_patching
     from steerlab.interp.adaptive import adaptive
     from steerlab.interp.at_equal_kl import at_equal_kl, scale_at_kl
     from steerlab.interp.attention import attention, frozen_attention
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from steerlab.interp.neutral import neutral
     from steerlab.interp.patched import Patched
     from steerlab.interp.patching import patched_answers, patched_texts
+    from steerlab.interp.path_patching import path_patching
     from steerlab.interp.persistence import persistence
     from steerlab.interp.residual_lens import residual_lens
     from steerlab.interp.residual_maps import fit_map
@@ -55,6 +57,7 @@ _HOMES = {
     "Experiment": "steerlab.training:Experiment",
     "LanguageModel": "steerlab.models:LanguageModel",
     "LoRA": "steerlab.adapters:LoRA",
+    "Pair": "steerlab.interp.activation_patching:Pair",
     "Patched": "steerlab.interp.patched:Patched",
     "Policy": "steerlab.rollouts:Policy",
     "RECIPES": "steerlab.recipes:RECIPES",
@@ -68,11 +71,13 @@ _HOMES = {
     "SteeringVectors": "steerlab.adapters:SteeringVectors",
     "Text": "steerlab.interp.texts:Text",
     "UsageError": "steerlab.errors:UsageError",
+    "activation_patching": "steerlab.interp.activation_patching:activation_patching",
     "adaptive": "steerlab.interp.adaptive:adaptive",
     "at_equal_kl": "steerlab.interp.at_equal_kl:at_equal_kl",
     "at_norms_of": "steerlab.interp.directions:at_norms_of",
     "attention": "steerlab.interp.attention:attention",
     "attribution": "steerlab.interp.attribution:attribution",
+    "attribution_patching": "steerlab.interp.activation_patching:attribution_patching",
     "composition": "steerlab.interp.composition:composition",
     "cosines_between": "steerlab.interp.geometry:cosines_between",
     "directions": "steerlab.interp.directions:directions",
@@ -89,6 +94,7 @@ _HOMES = {
     "neutral": "steerlab.interp.neutral:neutral",
     "patched_answers": "steerlab.interp.patching:patched_answers",
     "patched_texts": "steerlab.interp.patching:patched_texts",
+    "path_patching": "steerlab.interp.path_patching:path_patching",
     "persistence": "steerlab.interp.persistence:persistence",
     "relative_dose": "steerlab.interp.geometry:relative_dose",
     "residual_lens": "steerlab.interp.residual_lens:residual_lens",
@@ -114,6 +120,7 @@ __all__ = [
     "Experiment",
     "LanguageModel",
     "LoRA",
+    "Pair",
     "Patched",
     "Policy",
     "Recipient",
@@ -126,11 +133,13 @@ __all__ = [
     "SteeringVectors",
     "Text",
     "UsageError",
+    "activation_patching",
     "adaptive",
     "at_equal_kl",
     "at_norms_of",
     "attention",
     "attribution",
+    "attribution_patching",
     "composition",
     "cosines_between",
     "directions",
@@ -147,6 +156,7 @@ __all__ = [
     "neutral",
     "patched_answers",
     "patched_texts",
+    "path_patching",
     "persistence",
     "relative_dose",
     "residual_lens",

@@ -21,6 +21,7 @@ from steerlab.interp.activation_patching import (
     logit_difference,
 )
 from steerlab.models import LanguageModel, Site, tiny
+from steerlab.plots.activation_patching import activation_patching as plot
 
 Exact = Callable[..., LanguageModel]
 Vectors = Callable[..., SteeringVectors]
@@ -100,6 +101,16 @@ def test_first_order_is_right_for_small_changes(exact: Exact, vectors: Vectors) 
         errors.append(float((moved - told).abs().max() / moved.abs().max()))
         assert np.allclose(exactly["clean"], estimated["clean"])
     assert errors[0] < 0.02 and errors[1] < 0.2 * errors[0]
+
+
+def test_figure(exact: Exact) -> None:
+    model, pair = exact(), Pair(CLEAN, OTHER)
+    by_head = plot(activation_patching(model, pair, heads(model), METRIC))
+    assert by_head.data[0].z.shape == (4, model.n_heads)
+    by_position = plot(activation_patching(model, pair, blocks(model, 6), METRIC))
+    assert [trace.z.shape for trace in by_position.data] == [(4, 6)] * 3
+    with pytest.raises(UsageError, match="select one position"):
+        plot(activation_patching(model, pair, head_positions(model, 2), METRIC))
 
 
 def test_every_index_fits(exact: Exact) -> None:

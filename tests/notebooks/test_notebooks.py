@@ -20,7 +20,7 @@ FIRST = 'MODEL = os.environ.get("STEERLAB_NOTEBOOK_MODEL", "smollm2-135m")'
 PLACE = re.compile(r"(?<![\w./])/(?:home|root|Users|tmp|work|opt|mnt|var)/|[A-Z]:\\\\")
 FIGURE = "application/vnd.plotly.v1+json"
 LONGEST_FUNCTION = 10
-DRAWS = re.compile(r"\bfigure\(|\.figures?[\[(]|\bplot_\w+\.\w+\(")
+DRAWS = re.compile(r"\bfigure\(|\.figures?[\[(]|\bplot_\w+(?:\.\w+)?\(")
 
 each = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 
