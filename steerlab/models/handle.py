@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from steerlab.errors import UsageError
 from steerlab.models import engine, forward, hooks
 from steerlab.models.hooks import Doors, Edit, Mask
 from steerlab.models.sites import Site, architecture, check_meaning, norm_placement, places, sizes
@@ -34,8 +35,8 @@ _NOT_CONTENT = ("dtype", "torch_dtype", "transformers_version", "_name_or_path",
 class LanguageModel:
     """`LanguageModel(hf, tokenizer, name="mine")` wraps a model already in memory; `models.load` reads one.
 
-    Raises UsageError for a family without a row in `models/sites.py`, RuntimeError when a probing forward shows that
-    the row does not fit the model.
+    Raises UsageError for a family without a row in `models/sites.py` and for a model without an unembedding matrix,
+    RuntimeError when a probing forward shows that the row does not fit the model.
     """
 
     def __init__(
@@ -46,6 +47,9 @@ class LanguageModel:
         weights_sha256: str | None = None,
     ) -> None:
         arch = architecture(hf.config.model_type)
+        if hf.get_output_embeddings() is None:
+            kind = type(hf).__name__
+            raise UsageError(f"{name} ({kind}) has no unembedding matrix; load it with AutoModelForCausalLM instead")
         self.hf: Any = hf.requires_grad_(False).eval()
         self.tokenizer: Any = tokenizer
         self.name = name

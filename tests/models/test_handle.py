@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from steerlab.errors import UsageError
 from steerlab.models import LanguageModel, tiny
 
 TOKENS = torch.tensor([[70, 80, 90, 100], [71, 81, 91, 101]])
@@ -61,3 +62,9 @@ def test_a_wrapped_model_is_digested_from_its_parameters(tiny_llama: LanguageMod
 def test_configurations_have_digests(tiny_models: dict[str, LanguageModel]) -> None:
     assert len({model.config_sha256 for model in tiny_models.values()}) == len(tiny.FAMILIES)
     assert tiny.model("llama", seed=3, dtype=torch.bfloat16).config_sha256 == tiny_models["llama"].config_sha256
+
+
+def test_a_model_without_a_head_is_refused_in_one_line(tiny_llama: LanguageModel) -> None:
+    with pytest.raises(UsageError, match=r"LlamaModel.* has no unembedding matrix") as caught:
+        LanguageModel(tiny_llama.backbone, tiny_llama.tokenizer, name="headless")
+    assert "\n" not in str(caught.value)
