@@ -19,7 +19,7 @@ def activation_patching(df: pd.DataFrame) -> go.Figure:
     tables.check(df, "activation_patching")
     if df.empty:
         raise UsageError("the table is empty; patch at least one place")
-    axis = "head" if (df["head"] >= 0).any() else "position"
+    axis = "head" if max(df["head"]) >= 0 else "position"
     if axis == "head" and len(set(df["position"])) > 1:
         raise UsageError("the table has heads at several positions; select one position")
     kinds = [str(kind) for kind in dict.fromkeys(df["kind"])]
