@@ -18,17 +18,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from steerlab import tables
-from steerlab.adapters import Adapter, Layout, SteeringVectors
+from steerlab.adapters import Layout, SteeringVectors
 from steerlab.errors import UsageError
 from steerlab.interp.patched import Patch, base, no_patch
 from steerlab.interp.patching import Metric, Scale, grids_of, predicting, told
-from steerlab.interp.states import check_texts
+from steerlab.interp.states import check_texts, hidden_under
 from steerlab.interp.texts import Text
 from steerlab.models import LanguageModel, Site
 from steerlab.rollouts.policy import in_use
 from steerlab.rollouts.statistics import resampled_means
-
-Edits = dict[Site, Callable[[Tensor], Tensor]]
 
 
 @torch.no_grad()
@@ -88,11 +86,10 @@ def frozen_attention(
         for text in texts:
             tokens = torch.tensor([text.tokens], device=model.device)
             held = model.cache(tokens, sites)
-            plain = predicting(model, _hidden(model, None, text, {}), text)
-            unpatched = predicting(model, _hidden(model, chosen, text, {}), text)
-            frozen = predicting(
-                model, _hidden(model, chosen, text, {site: _giving(held[site]) for site in sites}), text
-            )
+            plain = predicting(model, hidden_under(model, None, text), text)
+            unpatched = predicting(model, hidden_under(model, chosen, text), text)
+            with model.intervene({site: _giving(held[site]) for site in sites}):
+                frozen = predicting(model, hidden_under(model, chosen, text), text)
             scale = Scale(text, plain, unpatched)
             said.append([scale.of(logits) for logits in (unpatched, frozen, plain)])
         for metric in metrics:
@@ -133,13 +130,3 @@ def _variation(
         after = model.cache(tokens, sites)
     gaps = [(after[site] - before[site])[0, :, rows].double().abs().sum(-1).mean(-1) / 2 for site in sites]
     return torch.stack(gaps).cpu().numpy()
-
-
-def _hidden(model: LanguageModel, adapter: Adapter | None, text: Text, edits: Edits) -> Float[Tensor, "pos d_model"]:
-    """After the final norm, under an adapter and edits."""
-    tokens = torch.tensor([text.tokens], device=model.device)
-    with in_use(adapter, model) as attached:
-        if attached is not None:
-            attached.place(None, Layout.of_texts(tokens, text.n_prompt))
-        with model.intervene(edits):
-            return model.hidden(tokens)[0]
