@@ -70,10 +70,10 @@ def patching_section(table: pd.DataFrame) -> Section:
         f"left of the effect on {first['metric']} (0 as the base model, 1 as unpatched) when one part does not see it: "
         f"{told}.{most} {first['n']} problems or texts, {first['n_seeds']} training seed(s)."
     )
-    known = trained["kept"].notna().any()
-    figures = [patching_plots.patching(table, quantity="kept" if known else "value")]
-    if "random" in set(table["sender"]):
-        figures.append(patching_plots.patching(table, "random"))
+    figures = []
+    for sender in dict.fromkeys(str(name) for name in table["sender"]):
+        known = table.loc[table["sender"] == sender, "kept"].notna().any()
+        figures.append(patching_plots.patching(table, sender, "kept" if known else "value"))
     note = "The second figure is of a random direction of the same length." if len(figures) > 1 else ""
     return Section(
         f"Patching the next block, by {words(str(first['metric']))}", text, figures=tuple(figures), note=note
