@@ -53,7 +53,8 @@ def test_torch_alone_reads_it_as_tuned_lens_would(folder: Path, lens: TunedLens,
     )
     modules.load_state_dict(torch.load(folder / "params.pt", weights_only=True))
     tokens = torch.arange(30, 50)[None]
-    hidden = tiny_llama.hf(tokens, output_hidden_states=True).hidden_states
+    own = tiny.model("llama").hf  # asked for hidden states, transformers leaves hooks behind
+    hidden = own(tokens, output_hidden_states=True).hidden_states
     for i, h in enumerate(hidden[:-1]):
         theirs = h + modules[i](h)
         torch.testing.assert_close(theirs, h if i == 0 else lens(i - 1, h), rtol=1e-5, atol=1e-5)
