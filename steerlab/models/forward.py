@@ -1,4 +1,4 @@
-"""Forward passes that begin at a block: nothing below it runs.
+"""Forward passes that begin at a block, or end behind one: nothing below or above it runs.
 
 With ℓ the lowest layer whose vector is trained, what block ℓ itself writes depends on no trained number, so it can be
 kept from decoding and everything later begins at block ℓ+1. The family's own forward is used, with the blocks below
@@ -39,6 +39,15 @@ def beginning_at(model: LanguageModel, block: int, written: Tensor) -> Iterator[
     tuples = architecture(model.family).tuples
     seam, below = model.blocks[block - 1], model.blocks[: block - 1]
     with swapped([*((module, _passing(tuples)) for module in below), (seam, _giving(written, tuples))]):
+        yield
+
+
+@contextmanager
+def ending_after(model: LanguageModel, block: int) -> Iterator[None]:
+    """Inside the `with` a forward pass computes nothing behind `block` but the final norm. Sites up to there have their
+    own values; what the pass returns predicts nothing."""
+    tuples = architecture(model.family).tuples
+    with swapped((module, _passing(tuples)) for module in model.blocks[block + 1 :]):
         yield
 
 

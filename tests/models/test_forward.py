@@ -49,6 +49,22 @@ def test_a_vector_at_the_seam_is_added_and_gets_its_gradient(family: str) -> Non
     assert torch.allclose(begun_grad, grad, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neo", "gpt_neox"])
+def test_a_pass_that_ends_early_has_the_values_up_to_there(family: str, tiny_models: dict[str, LanguageModel]) -> None:
+    model = tiny_models[family]
+    sites = [Site("resid_pre", 1), Site("mlp_out", 1), Site("resid_post", 1)]
+    ran: list[Tensor] = []
+    with torch.no_grad(), model.doors.open((), [(Site("mlp_out", 2), ran.append)]):
+        whole = model.cache(TOKENS, sites)
+        assert len(ran) == 1
+        with forward.ending_after(model, 1):
+            found = model.cache(TOKENS, sites)
+        assert len(ran) == 1
+        assert all(torch.equal(found[site], whole[site]) for site in sites)
+        model.hidden(TOKENS)
+    assert len(ran) == 2
+
+
 def test_notes_are_taken_before_edits_and_reads_after() -> None:
     model = tiny.model("llama", dtype=torch.float64)
     site = Site("resid_post", 1)

@@ -1,0 +1,1 @@
+"""Sparse autoencoders on what a model computes, and on what an adapter changes there; through sae-lens."""
