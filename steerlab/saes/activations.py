@@ -146,18 +146,18 @@ def values(
 ) -> Float[Tensor, "batch pos width"]:
     """What a stream holds of every position of one batch, padding included; at least fp32 for a difference."""
     if wanted.kind == "residual":
-        return _pass(model, adapter, fed, wanted.site)
+        return site_values(model, adapter, fed, wanted.site)
     assert adapter is not None
     block = adapter.first_block
     seam: list[Tensor] = []  # what both passes have in common
     with hooks.written(model, {block: seam.append} if block else {}):
-        base = _pass(model, None, fed, wanted.site)
-    steered = _pass(model, adapter, fed, wanted.site, block, seam[0] if seam else None)
+        base = site_values(model, None, fed, wanted.site)
+    steered = site_values(model, adapter, fed, wanted.site, block, seam[0] if seam else None)
     exact = torch.promote_types(base.dtype, torch.float32)
     return steered.to(exact) - base.to(exact)
 
 
-def _pass(
+def site_values(
     model: LanguageModel,
     adapter: Adapter | None,
     fed: Fed,

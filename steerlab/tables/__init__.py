@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from steerlab.errors import UsageError, unknown
 from steerlab.tables.column import Column
+from steerlab.tables.saes import SAES
 from steerlab.tables.texts import TEXTS
 from steerlab.tables.training import TRAINING
 from steerlab.tables.vectors import VECTORS
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-SCHEMAS: dict[str, tuple[Column, ...]] = TRAINING | TEXTS | VECTORS | {"metrics": TRAINING["curve"]}
+SCHEMAS: dict[str, tuple[Column, ...]] = TRAINING | TEXTS | VECTORS | SAES | {"metrics": TRAINING["curve"]}
 
 
 def check(df: pd.DataFrame, name: str) -> pd.DataFrame:
