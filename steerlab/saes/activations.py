@@ -8,7 +8,7 @@ where it was, to the same bytes. Each position of each text comes out once.
 A difference is steered − base on the same tokens, in fp32 from what both passes hold (of a bf16 model it carries the
 rounding of bf16: load the model in fp32 to measure it). The steered pass begins where the adapter first acts.
 
-Left out: positions behind the first few that act as sinks too, which no rule finds before they are computed.
+Positions that act as attention sinks are left out: the first of every text, and such others as their length betrays.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from steerlab.adapters import Adapter, Layout
@@ -70,14 +70,18 @@ def record(
     RunFailed for an activation that is not finite.
     """
     origin = origin_of(model, texts, wanted, adapter)
-    if folder is None:
-        parts = list(_shuffled(model, texts, wanted, adapter, 0, origin.n_tokens, hear))
-        return Stream(parts, origin)
-    writer = Writer(folder, origin, shard_tokens)
-    if not writer.complete:
-        for rows in _shuffled(model, texts, wanted, adapter, writer.done, origin.n_tokens, hear):
-            writer.append(rows)
-    return Stream.open(folder)
+    spans = buffers([len(kept(text, wanted)) for text in texts], wanted.buffer)
+    writer = None if folder is None else Writer(folder, origin, shard_tokens)
+    parts: list[Rows] = []
+    for index in range(len(writer.buffers) if writer else 0, len(spans)):
+        rows = _buffer(model, texts, wanted, adapter, index, range(*spans[index]))
+        if writer is None:
+            parts.append(rows)
+        else:
+            writer.append(rows, last=index == len(spans) - 1)
+        if hear is not None:
+            hear(sum(len(kept(text, wanted)) for text in texts[: spans[index][1]]), origin.n_tokens)
+    return Stream(parts, origin) if folder is None else Stream.open(folder)
 
 
 def origin_of(
@@ -114,8 +118,9 @@ def origin_of(
 
 
 def kept(text: Text, wanted: Activations) -> range:
-    """The positions of a text that a stream holds."""
-    return range(max(wanted.skip, text.n_prompt if wanted.generated_only else 0), len(text.tokens))
+    """The positions of a text that are recorded."""
+    first = max(wanted.skip, text.n_prompt if wanted.generated_only else 0)
+    return range(min(first, len(text.tokens)), len(text.tokens))
 
 
 def fed_together(texts: Sequence[Text], numbers: Sequence[int], budget: int, device: torch.device) -> Iterator[Fed]:
@@ -143,10 +148,12 @@ def _padded(texts: Sequence[Text], numbers: Sequence[int], device: torch.device)
 @torch.no_grad()
 def values(
     model: LanguageModel, adapter: Adapter | None, fed: Fed, wanted: Activations
-) -> Float[Tensor, "batch pos width"]:
-    """What a stream holds of every position of one batch, padding included; at least fp32 for a difference."""
+) -> tuple[Float[Tensor, "batch pos width"], Float[Tensor, "batch pos width"]]:
+    """What a stream records at every position of one batch, padding included, and the activations by whose length sinks
+    are known. Of a difference (at least fp32) those are the base model's, else they are the same."""
     if wanted.kind == "residual":
-        return site_values(model, adapter, fed, wanted.site)
+        own = site_values(model, adapter, fed, wanted.site)
+        return own, own
     assert adapter is not None
     block = adapter.first_block
     seam: list[Tensor] = []  # what both passes have in common
@@ -154,9 +161,25 @@ def values(
         base = site_values(model, None, fed, wanted.site)
     steered = site_values(model, adapter, fed, wanted.site, block, seam[0] if seam else None)
     exact = torch.promote_types(base.dtype, torch.float32)
-    return steered.to(exact) - base.to(exact)
+    return steered.to(exact) - base.to(exact), base
 
 
+def held(
+    own: Float[Tensor, "batch pos width"], fed: Fed, texts: Sequence[Text], wanted: Activations
+) -> Bool[Tensor, "batch pos"]:
+    """Which positions of a batch the stream has: those of `kept` that are no sinks."""
+    inside = torch.zeros(fed.tokens.shape, dtype=torch.bool, device=own.device)
+    lengths = own.float().norm(dim=-1)
+    for row, number in enumerate(fed.texts):
+        span = kept(texts[number], wanted)
+        inside[row, span.start : span.stop] = True
+        lengths[row, len(texts[number].tokens) :] = torch.nan
+    if wanted.sink is None:
+        return inside
+    return inside & ~(lengths > wanted.sink * lengths.nanmedian(dim=1, keepdim=True).values)
+
+
+@torch.no_grad()
 def site_values(
     model: LanguageModel,
     adapter: Adapter | None,
@@ -165,7 +188,8 @@ def site_values(
     block: int = 0,
     written: Float[Tensor, "batch pos d_model"] | None = None,
 ) -> Float[Tensor, "batch pos width"]:
-    """A site's values in a pass that ends there; block, written: where it begins (`models/forward.py`)."""
+    """A site's values under an adapter, in a pass that ends there; block, written: where it begins
+    (`models/forward.py`)."""
     seen: list[Tensor] = []
     with in_use(adapter, model) as attached, ending_after(model, site.layer):
         if attached is not None:
@@ -189,28 +213,6 @@ def buffers(counts: Sequence[int], size: int) -> list[tuple[int, int]]:
     return [*found, (start, len(counts))]
 
 
-def _shuffled(
-    model: LanguageModel,
-    texts: Sequence[Text],
-    wanted: Activations,
-    adapter: Adapter | None,
-    done: int,
-    n_tokens: int,
-    hear: Hear | None,
-) -> Iterator[Rows]:
-    """Rows of every buffer from row `done` on."""
-    before = 0
-    counts = [len(kept(text, wanted)) for text in texts]
-    for index, (first, last) in enumerate(buffers(counts, wanted.buffer)):
-        size = sum(counts[first:last])
-        if size and before + size > done:
-            rows = _buffer(model, texts, wanted, adapter, index, range(first, last), size)
-            yield rows.select(max(0, done - before), size)
-            if hear is not None:
-                hear(before + size, n_tokens)
-        before += size
-
-
 def _buffer(
     model: LanguageModel,
     texts: Sequence[Text],
@@ -218,28 +220,29 @@ def _buffer(
     adapter: Adapter | None,
     index: int,
     numbers: range,
-    size: int,
 ) -> Rows:
-    """All rows of one buffer, each computed row put where it comes out."""
+    """The rows of one buffer: each is put where it comes out; then those of sinks are left out."""
+    counts = [len(kept(texts[i], wanted)) for i in numbers]
+    size, starts = sum(counts), dict(zip(numbers, np.cumsum([0, *counts]).tolist(), strict=False))
     places = torch.from_numpy(np.random.default_rng([wanted.seed, index]).permutation(size))
-    starts = dict(zip(numbers, np.cumsum([0, *(len(kept(texts[i], wanted)) for i in numbers)]).tolist(), strict=False))
     rows = Rows(
         torch.empty(size, model.width(wanted.site.kind), dtype=DTYPES[wanted.dtype]),
         torch.empty(size, dtype=torch.int32),
         torch.empty(size, dtype=torch.int32),
     )
+    within = torch.empty(size, dtype=torch.bool)
     for fed in fed_together(texts, numbers, wanted.batch_tokens, model.device):
-        found = values(model, adapter, fed, wanted)
-        for of_text, number in zip(found, fed.texts, strict=True):
+        found, own = values(model, adapter, fed, wanted)
+        inside = held(own, fed, texts, wanted).cpu()
+        for row, number in enumerate(fed.texts):
             span = kept(texts[number], wanted)
-            if not span:
-                continue
-            x = of_text[span.start : span.stop]
+            x = found[row, span.start : span.stop]
             _check_finite(x, number, span.start, wanted.site)
             to = places[starts[number] : starts[number] + len(span)]
             rows.activations[to] = x.to(rows.activations)
             rows.text[to], rows.position[to] = number, torch.arange(span.start, span.stop, dtype=torch.int32)
-    return rows
+            within[to] = inside[row, span.start : span.stop]
+    return rows if bool(within.all()) else Rows(rows.activations[within], rows.text[within], rows.position[within])
 
 
 def _check_finite(x: Float[Tensor, "pos width"], text: int, start: int, site: Site) -> None:

@@ -24,7 +24,7 @@ from steerlab.models import LanguageModel
 from steerlab.models.head import token_logprobs
 from steerlab.models.hooks import Edit
 from steerlab.rollouts.policy import in_use
-from steerlab.saes.activations import Fed, fed_together, kept, site_values
+from steerlab.saes.activations import Fed, fed_together, held, site_values
 from steerlab.saes.load import Sae
 from steerlab.saes.streams import Activations, Stream
 
@@ -144,15 +144,13 @@ def spliced_losses(
     totals: dict[str, float] = {"model": 0.0, "sae": 0.0, "zero": 0.0}
     n_tokens = 0
     for fed in fed_together(texts, range(len(texts)), wanted.batch_tokens, model.device):
-        inside = torch.zeros(fed.tokens.shape, dtype=torch.bool, device=model.device)
+        own = site_values(model, None if sae.kind == "difference" else adapter, fed, wanted.site)
+        inside = held(own, fed, texts, wanted)
         predicting = inside.clone()
         for row, number in enumerate(fed.texts):
-            span = kept(texts[number], wanted)
-            inside[row, span.start : span.stop] = True
-            predicting[row, span.start : max(span.start, span.stop - 1)] = True
+            predicting[row, len(texts[number].tokens) - 1] = False
         n_tokens += int(predicting.sum())
-        base = site_values(model, None, fed, wanted.site) if sae.kind == "difference" else None
-        for name, edit in _edits(sae, inside, base).items():
+        for name, edit in _edits(sae, inside, own if sae.kind == "difference" else None).items():
             with in_use(adapter, model) as attached:
                 if attached is not None:
                     attached.place(None, fed.layout)

@@ -37,14 +37,17 @@ class Activations:
     """What a stream holds.
 
     site: where. kind: the values themselves, or steered − base on the same tokens. skip: so many positions at the
-    start of every text are left out: the first token of a text, whatever it is, is an attention sink of a hundred
-    times the usual length. generated_only: prompts are left out too. dtype: as stored. buffer: tokens that are
-    shuffled together. batch_tokens: of one forward pass. seed: of the shuffling.
+    start of every text are left out (the first token, whatever it is, becomes an attention sink, a hundred times as
+    long as others). sink: so are positions whose activation (of a difference: the base model's) is longer than this
+    many times the median of their text, which are sinks too, rare but most of all variance; None keeps them.
+    generated_only: prompts are left out. dtype: as stored. buffer: tokens that are shuffled together. batch_tokens: of
+    one forward pass. seed: of the shuffling.
     """
 
     site: Site
     kind: Kind = "residual"
     skip: int = 1
+    sink: float | None = 10.0
     generated_only: bool = False
     dtype: Literal["fp32", "bf16"] = "fp32"
     buffer: int = 65_536
@@ -54,6 +57,8 @@ class Activations:
     def __post_init__(self) -> None:
         if self.skip < 0:
             raise UsageError(f"skip is {self.skip}; it counts positions at the start of a text, 0 or more")
+        if self.sink is not None and not self.sink > 1:
+            raise UsageError(f"sink is {self.sink}; it is a multiple of the median length, above 1, or None")
         for name in ("buffer", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} is {getattr(self, name)}; it counts tokens, at least 1")
@@ -62,7 +67,8 @@ class Activations:
 @dataclass(frozen=True)
 class Origin:
     """Where a stream comes from. hook_name, hf_hook_name: the site as TransformerLens and transformers have it, if they
-    do. texts_sha256: of all tokens. adapter_sha256: of the adapter that the model had on; "" for none."""
+    do. n_tokens: positions that are recorded; the stream has less of them by its sinks. longest: text, in tokens.
+    texts_sha256: of all tokens. adapter_sha256: of the adapter that the model had on; "" for none."""
 
     wanted: Activations
     model: str
@@ -78,7 +84,7 @@ class Origin:
 
     @property
     def n_bytes(self) -> int:
-        """Of all rows on disk."""
+        """On disk, at most."""
         return self.n_tokens * (self.width * DTYPES[self.wanted.dtype].itemsize + 8)
 
 
@@ -112,8 +118,8 @@ class Stream:
     """parts: rows in order. origin: None for activations that no model computed (synthetic ones)."""
 
     def __init__(self, parts: Sequence[Rows], origin: Origin | None = None) -> None:
-        self.parts, self.origin = tuple(parts), origin
-        if not self.parts or not all(map(len, self.parts)):
+        self.parts, self.origin = tuple(part for part in parts if len(part)), origin
+        if not self.parts:
             raise UsageError("a stream without activations; give longer texts, or skip fewer positions")
 
     @classmethod
@@ -128,11 +134,9 @@ class Stream:
         complete."""
         folder = Path(folder)
         manifest = _manifest(folder)
-        origin: Origin = decode(manifest["origin"])
-        rows = sum(shard["rows"] for shard in manifest["shards"])
-        if rows != origin.n_tokens:
-            raise UsageError(f"{folder} has {rows} of {origin.n_tokens} tokens; run the command that writes it again")
-        return cls([_shard(folder, shard) for shard in manifest["shards"]], origin)
+        if not manifest["complete"]:
+            raise UsageError(f"{folder} is not complete yet; run the command that writes it again")
+        return cls([_shard(folder, shard) for shard in manifest["shards"]], decode(manifest["origin"]))
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
@@ -164,7 +168,7 @@ class Stream:
 
 
 class Writer:
-    """Writes a stream to a folder, or goes on with what is there: `done` rows, all of them in whole shards.
+    """Writes a stream to a folder, buffer by buffer, or goes on with what is there.
 
     Raises UsageError, before anything is written, for a folder with another stream or other things in it, a damaged
     shard, or too little disk.
@@ -174,32 +178,39 @@ class Writer:
         if shard_tokens < 1:
             raise UsageError(f"shard_tokens is {shard_tokens}; a shard has at least 1 row")
         self.folder, self.origin, self.shard_tokens = Path(folder), origin, shard_tokens
-        self.shards = self._present()
+        found = self._present()
+        self.shards: list[dict[str, Any]] = found.get("shards", [])
+        self.complete: bool = found.get("complete", False)
+        self.buffers: list[int] = found.get("buffers", [])  # rows of each that was appended
+        self.skipped = self._go_back()
         self.pending: list[Rows] = []
         self._check_disk()
 
-    @property
-    def done(self) -> int:
-        return sum(shard["rows"] for shard in self.shards)
+    def append(self, rows: Rows, last: bool) -> None:
+        """The rows of the next buffer; whole shards are on disk when this returns, and all rows after the last."""
+        self.buffers.append(len(rows))
+        self.pending.append(rows.select(self.skipped, len(rows)))
+        self.skipped = 0
+        ready, written = joined(self.pending), 0
+        while len(ready) - written >= self.shard_tokens or (last and written < len(ready)):
+            stop = min(written + self.shard_tokens, len(ready))
+            self.complete = last and stop == len(ready)
+            self._write(ready.select(written, stop))
+            written = stop
+        if last and not self.complete:  # the rows end with a shard, or there are none
+            self.complete = True
+            self._write_manifest()
+        self.pending = [ready.select(written, len(ready))]
 
-    @property
-    def complete(self) -> bool:
-        return self.done == self.origin.n_tokens
-
-    def append(self, rows: Rows) -> None:
-        """Rows that follow; whole shards are on disk when this returns, and all rows when they are the last."""
-        self.pending.append(rows)
-        waiting = sum(map(len, self.pending))
-        last = self.done + waiting == self.origin.n_tokens
-        if waiting < self.shard_tokens and not last:
-            return
-        ready = joined(self.pending)
-        written = 0
-        while waiting - written >= self.shard_tokens or (last and written < waiting):
-            part = ready.select(written, min(written + self.shard_tokens, waiting))
-            self._write(part)
-            written += len(part)
-        self.pending = [ready.select(written, waiting)] if written < waiting else []
+    def _go_back(self) -> int:
+        """To the buffer that a killed writer was at. Returns how many of its rows are there."""
+        done, before = sum(shard["rows"] for shard in self.shards), 0
+        for index, rows in enumerate([] if self.complete else self.buffers):
+            if before + rows > done:
+                del self.buffers[index:]
+                return done - before
+            before += rows
+        return 0
 
     def _write(self, rows: Rows) -> None:
         from safetensors.torch import save
@@ -210,7 +221,11 @@ class Writer:
         atomic_write(self.folder / name, content)
         digest = hashlib.sha256(content).hexdigest()
         self.shards.append({"file": name, "rows": len(rows), "sha256": digest})
-        atomic_write(self.folder / MANIFEST, to_json(self._described() | {"shards": self.shards}))
+        self._write_manifest()
+
+    def _write_manifest(self) -> None:
+        written = {"buffers": self.buffers, "shards": self.shards, "complete": self.complete}
+        atomic_write(self.folder / MANIFEST, to_json(self._described() | written))
 
     def _described(self) -> dict[str, Any]:
         return {
@@ -220,12 +235,13 @@ class Writer:
             "shard_tokens": self.shard_tokens,
         }
 
-    def _present(self) -> list[dict[str, Any]]:
+    def _present(self) -> dict[str, Any]:
+        """The manifest of what is there, after the checksums; empty if nothing is."""
         if not (self.folder / MANIFEST).exists():
             others = [path for path in self.folder.glob("[!.]*") if not path.name.startswith("activations-")]
             if others or self.folder.is_file():
                 raise UsageError(f"{self.folder} exists and holds no activations; choose a new or empty folder")
-            return []
+            return {}
         manifest = _manifest(self.folder)
         if {key: manifest.get(key) for key in self._described()} != self._described():
             raise UsageError(
@@ -234,16 +250,16 @@ class Writer:
             )
         for shard in manifest["shards"]:
             _verify(self.folder, shard)
-        return list(manifest["shards"])
+        return manifest
 
     def _check_disk(self) -> None:
         place = self.folder.absolute()
         while not place.exists():
             place = place.parent
-        left = self.origin.n_tokens - self.done
-        needed = left * self.origin.n_bytes // max(1, self.origin.n_tokens) + SPARE_BYTES
+        left = self.origin.n_tokens - sum(shard["rows"] for shard in self.shards)
+        needed = left * self.origin.n_bytes // self.origin.n_tokens + SPARE_BYTES
         free = shutil.disk_usage(place).free
-        if left and free < needed:
+        if not self.complete and free < needed:
             raise UsageError(
                 f"{left} activations take {needed / 2**30:.2f} GiB and {place} has {free / 2**30:.2f} GiB free; name "
                 "fewer texts or another disk, or store bf16"

@@ -88,13 +88,33 @@ def test_a_difference_of_bf16_states_is_taken_in_fp32() -> None:
         base = model.cache(fed.tokens, [POST])[POST].float()
         with vectors.attach(model):
             steered = model.cache(fed.tokens, [POST])[POST].float()
-    found = activations.values(model, vectors, fed, wanted)
+    found, own = activations.values(model, vectors, fed, wanted)
+    assert torch.equal(own.float(), base)
     assert found.dtype == torch.float32 and torch.equal(found, steered - base)
 
 
 def test_which_positions_are_kept(tiny_llama: LanguageModel) -> None:
     found = order(record(tiny_llama, TEXTS, Activations(POST, skip=4, generated_only=True)))
     assert set(found) == {(i, p) for i, t in enumerate(TEXTS) for p in range(max(4, t.n_prompt), len(t.tokens))}
+
+
+def _longer(x: torch.Tensor) -> torch.Tensor:
+    """The last position of the text of 30 tokens and the fifth of that of 40 become sinks."""
+    changed = x.clone()
+    if x.shape[1] in (30, 40):
+        changed[0, 29 if x.shape[1] == 30 else 5] *= 100
+    return changed
+
+
+def test_sinks_are_left_out_wherever_they_are(tiny_llama: LanguageModel, tmp_path: Path) -> None:
+    plain = order(record(tiny_llama, TEXTS, SMALL))
+    alone = Activations(POST, buffer=50, batch_tokens=1)
+    with tiny_llama.intervene({POST: _longer}):
+        found = record(tiny_llama, TEXTS, alone, folder=tmp_path / "s", shard_tokens=16)
+        everything = record(tiny_llama, TEXTS, Activations(POST, buffer=50, batch_tokens=1, sink=None))
+    assert order(found) == [place for place in plain if place not in {(3, 29), (7, 5)}]
+    assert order(everything) == plain
+    assert found.origin is not None and found.origin.n_tokens == len(found) + 2
 
 
 def test_the_order_is_shuffled_within_buffers_and_depends_on_nothing_else(
@@ -121,7 +141,7 @@ def test_a_killed_stream_goes_on_to_the_same_bytes(
     for kill_after in (1, 3):  # the second time it has been resumed once
         left = iter(range(kill_after))
 
-        def stopping(*arguments: Any, left: Iterator[int] = left) -> torch.Tensor:
+        def stopping(*arguments: Any, left: Iterator[int] = left) -> Any:
             if next(left, None) is None:
                 raise KeyboardInterrupt
             return values(*arguments)
@@ -129,7 +149,7 @@ def test_a_killed_stream_goes_on_to_the_same_bytes(
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(activations, "values", stopping)
             record(tiny_llama, TEXTS, SMALL, folder=killed, shard_tokens=16)
-        with pytest.raises(UsageError, match=r"killed (has \d+ of 151 tokens|holds no activations)"):
+        with pytest.raises(UsageError, match=r"killed (is not complete yet|holds no activations)"):
             Stream.open(killed)
     stream = record(tiny_llama, TEXTS, SMALL, folder=killed, shard_tokens=16)
     assert len(stream) == 151
@@ -240,5 +260,7 @@ def test_what_cannot_be_recorded(
         record(tiny_llama, TEXTS, Activations(*wanted), vectors)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="counts"):
         Activations(POST, skip=-1)
+    with pytest.raises(UsageError, match="above 1"):
+        Activations(POST, sink=1.0)
     with pytest.raises(UsageError, match="buffer is 0"):
         Activations(POST, buffer=0)
