@@ -247,6 +247,19 @@ def test_readouts(benchmarks: Path, tmp_path: Path) -> None:
     assert all(row["ours"] > 0 and row["rival"] > 0 for row in rows)
 
 
+@pytest.mark.slow
+def test_saes(benchmarks: Path, tmp_path: Path) -> None:
+    """In a process of its own: sae-lens needs TransformerLens, which patches globals."""
+    call = [sys.executable, str(benchmarks / "saes.py"), "--scale", "tiny", "--repeats", "1", "--threads", "1"]
+    more = ["--dtypes", "fp32", "--steps", "3", "--tokens", "64", "--out", str(tmp_path)]
+    subprocess.run([*call, *more], check=True, capture_output=True, text=True)
+    rows = json.loads((tmp_path / "saes.json").read_text())["rows"]
+    names = ["stream in memory", "stream on disk", "training, 512 latents", "quality after 64 tokens"]
+    assert [row["case"] for row in rows] == names
+    assert all(row["ours"] > 0 and row["rival"] > 0 for row in rows[:3])
+    assert rows[3]["n_loss_tokens"] > 0 and rows[3]["d_sae"] == 512
+
+
 def test_the_workload_is_what_it_says() -> None:
     module = script("benchmarks/workload")
     work = module.load()
