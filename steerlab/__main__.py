@@ -29,6 +29,7 @@ from steerlab.command_line.arguments import (
     summary,
     task_options,
 )
+from steerlab.command_line.sae import sae
 from steerlab.command_line.terminal import console, tell, tell_names
 from steerlab.errors import RunFailed, UsageError, unknown
 
@@ -81,6 +82,8 @@ def dispatch(words: list[str]) -> int:
         raise unknown("command", name, COMMANDS)
     if name == "train":
         return train(rest)
+    if name == "sae":
+        return sae(rest)
     return int(parse(COMMANDS[name], rest, f"steerlab {name}") or 0)
 
 
@@ -349,6 +352,7 @@ COMMANDS: Mapping[str, Callable[..., int]] = {
     "patch": patching.patch,
     "attention": patching.attention,
     "attribution": patching.attribution,
+    "sae": sae,
     "report": report,
     "models": models,
     "recipes": recipes,
