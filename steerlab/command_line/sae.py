@@ -110,6 +110,7 @@ def train(
 
 def _keep(run: Run, found: pd.DataFrame) -> int:
     """Tables and figures into the run; a few numbers on the terminal."""
+    from steerlab.execute import write_report
     from steerlab.plots import saes as plots
     from steerlab.readings import Reading
 
@@ -127,7 +128,7 @@ def _keep(run: Run, found: pd.DataFrame) -> int:
             ("loss recovered", f"{row['loss_recovered']:.3f} ({row['n_loss_tokens']:,} tokens)"),
         ]
     )
-    tell(f"figures: {run.path('figures')}\nsae-lens directory: {run.path('sae')}")
+    tell(f"report: {write_report(run)}\nsae-lens directory: {run.path('sae')}")
     return 0
 
 

@@ -24,6 +24,7 @@ from steerlab.report.lens_fit import lens_fit_section, lens_headline
 from steerlab.report.page import Comparison, Report, Section, Side, Table
 from steerlab.report.paths import path_sections
 from steerlab.report.readouts import reading_sections
+from steerlab.report.saes import sae_headline, sae_sections
 from steerlab.report.setup import cost, facts, setup, title
 from steerlab.rollouts.statistics import Interval, gain
 from steerlab.runs import Run
@@ -42,6 +43,8 @@ def from_run(run: Run) -> str:
     metrics = run.metrics()
     fit = run.table("lens_fit") if "lens_fit" in names else None
     said = headline(scores, completions) if fit is None else lens_headline(fit)
+    if "sae_quality" in names:
+        said = sae_headline(run.table("sae_quality"))
     report = Report(title(run), said, facts(run))
     if scores is not None:
         report.add(score_section(scores))
@@ -57,7 +60,7 @@ def from_run(run: Run) -> str:
     if norms is not None:
         dose = run.table("relative_dose") if "relative_dose" in names else None
         report.add(geometry_section(norms, cosines, dose))
-    for section in (*reading_sections(run), *path_sections(run), *comparison_sections(run)):
+    for section in (*sae_sections(run), *reading_sections(run), *path_sections(run), *comparison_sections(run)):
         report.add(section)
     report.add(cost(run, metrics))
     report.add(setup(run))

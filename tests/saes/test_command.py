@@ -34,6 +34,9 @@ def test_an_sae_from_a_model_alone(
     run = Run.open(tmp_path / "s" / "training")
     assert run.tables() == ["sae_quality", "sae_training"] and run.figures() == run.tables()
     assert load(run.path("sae"), tiny_llama, allow_other_weights=True).site == Site("resid_post", 2)
+    page = (run.folder / "report.html").read_text(encoding="utf-8")
+    assert "principal components explain" in page and "Training the sparse autoencoder" in page
+    assert "nothing is claimed" not in page and "Losses in nats per token" in page
     before = (run.path("sae") / "sae_weights.safetensors").read_bytes()
     assert main(words) == 0  # what is done is not done again
     assert (run.path("sae") / "sae_weights.safetensors").read_bytes() == before
