@@ -46,11 +46,18 @@ if TYPE_CHECKING:
     from steerlab.recipes import RECIPES, rloo
     from steerlab.rollouts import Evaluation, Policy, Sampling, evaluate
     from steerlab.runs import Run, RunStore
+    from steerlab.saes.activations import record as record_activations
+    from steerlab.saes.load import load as load_sae
+    from steerlab.saes.quality import sae_quality, spliced_losses
+    from steerlab.saes.streams import Activations
+    from steerlab.saes.training import SaeTraining
+    from steerlab.saes.training import train as train_sae
     from steerlab.sweep import sweep_layers
     from steerlab.tasks import make as make_task
     from steerlab.training import Experiment
 
 _HOMES = {
+    "Activations": "steerlab.saes.streams:Activations",
     "Contrast": "steerlab.interp.contrast:Contrast",
     "Donor": "steerlab.interp.transfer:Donor",
     "Evaluation": "steerlab.rollouts:Evaluation",
@@ -65,6 +72,7 @@ _HOMES = {
     "Run": "steerlab.runs:Run",
     "RunFailed": "steerlab.errors:RunFailed",
     "RunStore": "steerlab.runs:RunStore",
+    "SaeTraining": "steerlab.saes.training:SaeTraining",
     "Sampling": "steerlab.rollouts:Sampling",
     "Site": "steerlab.models:Site",
     "Steering": "steerlab.adapters:Steering",
@@ -87,6 +95,7 @@ _HOMES = {
     "gradient_energy": "steerlab.interp.gradient_energy:gradient_energy",
     "languages": "steerlab.interp.languages:languages",
     "load_model": "steerlab.models:load",
+    "load_sae": "steerlab.saes.load:load",
     "load_vectors": "steerlab.adapters.formats:load",
     "logit_lens": "steerlab.interp.logit_lens:logit_lens",
     "magnitudes": "steerlab.interp.magnitudes:magnitudes",
@@ -96,24 +105,29 @@ _HOMES = {
     "patched_texts": "steerlab.interp.patching:patched_texts",
     "path_patching": "steerlab.interp.path_patching:path_patching",
     "persistence": "steerlab.interp.persistence:persistence",
+    "record_activations": "steerlab.saes.activations:record",
     "relative_dose": "steerlab.interp.geometry:relative_dose",
     "residual_lens": "steerlab.interp.residual_lens:residual_lens",
     "resume": "steerlab.execute:resume",
     "rloo": "steerlab.recipes:rloo",
+    "sae_quality": "steerlab.saes.quality:sae_quality",
     "scale_at_kl": "steerlab.interp.at_equal_kl:scale_at_kl",
     "side_effects": "steerlab.interp.side_effects:side_effects",
+    "spliced_losses": "steerlab.saes.quality:spliced_losses",
     "substitution": "steerlab.interp.substitution:substitution",
     "sweep_layers": "steerlab.sweep:sweep_layers",
     "to_nnsight": "steerlab.models.bridges:to_nnsight",
     "to_transformer_lens": "steerlab.models.bridges:to_transformer_lens",
     "token_effects": "steerlab.interp.token_effects:token_effects",
     "train": "steerlab.execute:execute",
+    "train_sae": "steerlab.saes.training:train",
     "transfer": "steerlab.interp.transfer:transfer",
     "vocabulary_classes": "steerlab.interp.vocabulary:vocabulary_classes",
 }
 
 __all__ = [
     "RECIPES",
+    "Activations",
     "Contrast",
     "Donor",
     "Evaluation",
@@ -127,6 +141,7 @@ __all__ = [
     "Run",
     "RunFailed",
     "RunStore",
+    "SaeTraining",
     "Sampling",
     "Site",
     "Steering",
@@ -149,6 +164,7 @@ __all__ = [
     "gradient_energy",
     "languages",
     "load_model",
+    "load_sae",
     "load_vectors",
     "logit_lens",
     "magnitudes",
@@ -158,18 +174,22 @@ __all__ = [
     "patched_texts",
     "path_patching",
     "persistence",
+    "record_activations",
     "relative_dose",
     "residual_lens",
     "resume",
     "rloo",
+    "sae_quality",
     "scale_at_kl",
     "side_effects",
+    "spliced_losses",
     "substitution",
     "sweep_layers",
     "to_nnsight",
     "to_transformer_lens",
     "token_effects",
     "train",
+    "train_sae",
     "transfer",
     "vocabulary_classes",
 ]

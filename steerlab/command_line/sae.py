@@ -97,10 +97,11 @@ def train(
     options = training.SaeTraining(architecture, expansion, k=k, lr=lr, batch=batch, tokens=tokens, seed=seed)
     with Progress(console()) as progress:
         progress.stage(f"recording {kind} {wanted.site}")
+        hear = lambda done, of: progress.notice(f"  {done:,} of {of:,} tokens")  # noqa: E731
         texts, held_out = _texts(about, text, length, problems, task, seed)
         if tokens is not None:
             texts = _first(texts, wanted, tokens)
-        stream = activations.record(about.model, texts, wanted, about.adapter, Path(out) / "activations")
+        stream = activations.record(about.model, texts, wanted, about.adapter, Path(out) / "activations", hear=hear)
         beside = activations.record(about.model, held_out, wanted, about.adapter, Path(out) / "held_out")
         progress.stage(f"training on {len(stream):,} tokens")
         made = training.train(stream, options, Path(out) / "training", on_step=progress.step)
