@@ -109,6 +109,7 @@ def train(
     not fit the stream; RunFailed if the loss is no number.
     """
     lens, steps = package(), options.steps(stream)
+    options.width(stream.width)
     facts = {"options": options, "origin": stream.origin, "rows": len(stream), "width": stream.width}
     run = Run.create(folder, facts, kind="sae", status="created")
     if run.manifest["status"] != "done":

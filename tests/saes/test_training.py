@@ -159,6 +159,7 @@ def test_a_loss_that_is_no_number(planted: Planted, tmp_path: Path) -> None:
 def test_options_that_do_not_fit(changed: dict[str, Any], words: str, planted: Planted, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=words):
         train(planted.train, SaeTraining(**{"k": 4, "batch": 100, **changed}), tmp_path / "run")
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_package_may_be_missing(planted: Planted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
