@@ -14,14 +14,17 @@ if TYPE_CHECKING:
     from steerlab.errors import RunFailed, UsageError
     from steerlab.execute import execute as train
     from steerlab.execute import resume
-    from steerlab.interp.activation_patching import Pair, activation_patching, attribution_patching
+    from steerlab.interp.activation_patching import Pair, activation_patching
     from steerlab.interp.adaptive import adaptive
     from steerlab.interp.at_equal_kl import at_equal_kl, scale_at_kl
     from steerlab.interp.attention import attention, frozen_attention
     from steerlab.interp.attribution import attribution
+    from steerlab.interp.attribution_patching import attribution_patching
     from steerlab.interp.composition import composition
     from steerlab.interp.contrast import Contrast
+    from steerlab.interp.decisions import decisions
     from steerlab.interp.directions import at_norms_of, directions
+    from steerlab.interp.edge_attribution import edge_attribution
     from steerlab.interp.geometry import cosines_between, relative_dose
     from steerlab.interp.gradient_energy import gradient_energy
     from steerlab.interp.languages import languages
@@ -77,10 +80,12 @@ _HOMES = {
     "at_norms_of": "steerlab.interp.directions:at_norms_of",
     "attention": "steerlab.interp.attention:attention",
     "attribution": "steerlab.interp.attribution:attribution",
-    "attribution_patching": "steerlab.interp.activation_patching:attribution_patching",
+    "attribution_patching": "steerlab.interp.attribution_patching:attribution_patching",
     "composition": "steerlab.interp.composition:composition",
     "cosines_between": "steerlab.interp.geometry:cosines_between",
+    "decisions": "steerlab.interp.decisions:decisions",
     "directions": "steerlab.interp.directions:directions",
+    "edge_attribution": "steerlab.interp.edge_attribution:edge_attribution",
     "evaluate": "steerlab.rollouts:evaluate",
     "fit_map": "steerlab.interp.residual_maps:fit_map",
     "frozen_attention": "steerlab.interp.attention:frozen_attention",
@@ -142,7 +147,9 @@ __all__ = [
     "attribution_patching",
     "composition",
     "cosines_between",
+    "decisions",
     "directions",
+    "edge_attribution",
     "evaluate",
     "fit_map",
     "frozen_attention",

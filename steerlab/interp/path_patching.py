@@ -217,7 +217,8 @@ def _unexplained(
 ) -> float:
     """Part of the last state's change that is not a sum of what was written, at the last position."""
     first, last = ends
-    change = {site: (clean[site] - corrupted[site])[:, -1].double() for site in (first, last, *parts)}
+    rows, at = torch.arange(len(pair.end), device=pair.end.device), pair.end - pair.common
+    change = {site: (clean[site] - corrupted[site])[rows, at].double() for site in (first, last, *parts)}
     total = change[first] + torch.stack([change[site] for site in parts]).sum(0)
     for adapter, sign in ((pair.clean_adapter, 1), (pair.corrupted_adapter, -1)):
         if isinstance(adapter, SteeringVectors):

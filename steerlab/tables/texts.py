@@ -34,6 +34,15 @@ _RECOVERED = (
     Column("n", "int", "sequences", "in either run"),
 )
 
+_EDGE = (
+    Column("sender", "str", "1", "embedding, vector, head, attention or mlp"),
+    Column("sender_layer", "int", "1", "0-based decoder block, -1 for the embedding"),
+    Column("sender_head", "int", "1", "0-based head, -1 for what is not one"),
+    Column("receiver", "str", "1", "q, k, v, mlp or logits"),
+    Column("receiver_layer", "int", "1", "0-based decoder block; the number of blocks for the logits"),
+    Column("receiver_head", "int", "1", "0-based head (k, v: group of heads), -1 for what is not one"),
+)
+
 TEXTS: dict[str, tuple[Column, ...]] = {
     "residual_lens": (
         *_POSITION,
@@ -125,14 +134,27 @@ TEXTS: dict[str, tuple[Column, ...]] = {
         *_RECOVERED,
     ),
     "path_patching": (
-        Column("sender", "str", "1", "embedding, vector, head, attention or mlp"),
-        Column("sender_layer", "int", "1", "0-based decoder block, -1 for the embedding"),
-        Column("sender_head", "int", "1", "0-based head, -1 for what is not one"),
-        Column("receiver", "str", "1", "q, k, v, mlp or logits"),
-        Column("receiver_layer", "int", "1", "0-based decoder block; the number of blocks for the logits"),
-        Column("receiver_head", "int", "1", "0-based head (k, v: group of heads), -1 for what is not one"),
+        *_EDGE,
         Column("through", "str", "1", "direct, or mlps: what the MLPs between make of it goes along"),
         *_RECOVERED,
+    ),
+    "edges": (
+        *_EDGE,
+        Column("steps", "int", "1", "places between the runs whose gradients are averaged; 0: at the corrupted run"),
+        Column("effect", "float", "metric", "change of the metric, to first order, mean over sequences"),
+        Column("low", "float", "metric", "lower end of the 95 % interval over sequences; missing for one"),
+        Column("high", "float", "metric", "upper end of the 95 % interval over sequences"),
+        Column("n", "int", "sequences", "in either run"),
+    ),
+    "agreement": (
+        Column("estimate", "str", "1", "what is compared with exact patching, by name"),
+        Column("spearman", "float", "1", "rank correlation of estimated and exact effects"),
+        Column("low", "float", "1", "lower end of its 95 % interval over what was patched"),
+        Column("high", "float", "1", "upper end of its 95 % interval"),
+        Column("pearson", "float", "1", "linear correlation"),
+        Column("error", "float", "share", "Σ|estimated − exact| of Σ|exact|"),
+        Column("bias", "float", "1", "slope of estimated on exact effects, through the origin"),
+        Column("n", "int", "effects", "compared"),
     ),
     "attention": (
         Column("sender", "str", "1", "trained, or random: directions of equal length"),
