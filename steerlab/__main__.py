@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from steerlab.command_line import comparisons, patching, readouts, together
+from steerlab.command_line import circuits, comparisons, patching, readouts, together
 from steerlab.command_line.arguments import (
     RUN_OR_NOTHING,
     ModelOf,
@@ -347,6 +347,9 @@ COMMANDS: Mapping[str, Callable[..., int]] = {
     "languages": readouts.languages,
     "geometry": readouts.geometry,
     "patch": patching.patch,
+    "activation-patching": circuits.activation_patching,
+    "path-patching": circuits.path_patching,
+    "edges": circuits.edges,
     "attention": patching.attention,
     "attribution": patching.attribution,
     "report": report,

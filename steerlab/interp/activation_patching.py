@@ -124,9 +124,14 @@ def activation_patching(model: LanguageModel, pair: Pair, places: Sequence[Place
     its interval. Raises UsageError for no place, or one that the model or the tokens do not have."""
     check_places(model, pair, places)
     work = Work(model, pair)
-    clean_end, clean = work.run(pair.clean, pair.clean_adapter, {Site(place.kind, place.layer) for place in places})
-    corrupted_end = work.begin()
-    found = [metric(work.patched(place, clean[Site(place.kind, place.layer)])) for place in places]
+    sites = {Site(place.kind, place.layer) for place in places}
+    clean_end, clean = work.run(pair.clean, pair.clean_adapter, sites)
+    corrupted_end, corrupted = work.begin(sites)
+    found = []
+    for place in places:
+        site, at = Site(place.kind, place.layer), (slice(None), work.position(place), work.part(place))
+        same = torch.equal(clean[site][at], corrupted[site][at])  # below a vector, say
+        found.append(metric(corrupted_end if same else work.patched(place, clean[site])))
     return table_of(places, found, metric(clean_end), metric(corrupted_end))
 
 
@@ -185,11 +190,13 @@ class Work:
             hidden = self.model.hidden(tokens[:, self.start :], positions=self.positions, kv=self.kv)
         return self.said(hidden), values
 
-    def begin(self) -> Float[Tensor, "batch d_vocab"]:
-        """The corrupted run: its last logits; what its blocks wrote is kept."""
+    def begin(
+        self, sites: Iterable[Site] = ()
+    ) -> tuple[Float[Tensor, "batch d_vocab"], dict[Site, Float[Tensor, "batch rest width"]]]:
+        """`run` of the corrupted tokens; what their blocks wrote is kept."""
         keep = {block: self._keep(block) for block in range(1, self.model.n_layers)}
         with hooks.written(self.model, keep):
-            return self.run(self.pair.corrupted, self.pair.corrupted_adapter, ())[0]
+            return self.run(self.pair.corrupted, self.pair.corrupted_adapter, sites)
 
     def _keep(self, block: int) -> Callable[[Tensor], None]:
         return lambda x: self.written.__setitem__(block, x)

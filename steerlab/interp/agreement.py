@@ -47,19 +47,20 @@ def agreement(
 def exact_edges(model: LanguageModel, pair: Pair, edges: pd.DataFrame, metric: Metric) -> pd.DataFrame:
     """Table `path_patching` of the edges of a table `edges`: one first pass per sender, one more per edge."""
     frames = []
-    for (kind, layer, head), part in edges.groupby(EDGE[:3], sort=False):
-        sender = Sender(str(kind), max(int(layer), 0), int(head))  # type: ignore[call-overload]
-        heard = [Receiver(*of) for of in part[EDGE[3:]].itertuples(index=False, name=None)]
+    by_sender: dict[Sender, list[Receiver]] = {}
+    for kind, layer, head, *receiver in edges[EDGE].itertuples(index=False, name=None):
+        by_sender.setdefault(Sender(kind, max(layer, 0), head), []).append(Receiver(*receiver))
+    for sender, heard in by_sender.items():
         frames.append(path_patching(model, pair, sender, heard, metric))
     return tables.check(pd.concat(frames, ignore_index=True), "path_patching")
 
 
 def drawn(edges: pd.DataFrame, n: int, seed: int = 0) -> pd.DataFrame:
     """`n` edges to compare: half of them the largest, half drawn from the rest."""
-    order = edges["effect"].abs().sort_values(ascending=False, kind="stable").index
+    order = np.argsort(-np.abs(edges["effect"].to_numpy()), kind="stable")
     most, rest = order[: (n + 1) // 2], order[(n + 1) // 2 :]
     more = np.random.default_rng(seed).choice(rest, size=min(n // 2, len(rest)), replace=False)
-    return edges.loc[[*most, *more]]
+    return edges.iloc[[*most, *more]]
 
 
 def _effects(table: pd.DataFrame, by: Sequence[str]) -> pd.DataFrame:

@@ -112,8 +112,7 @@ def path_patching(
     source = [Site(SENDERS[sender.kind], sender.layer)] if sender.kind in SENDERS else []
     ends = [Site("resid_pre", 0), Site("resid_post", model.n_layers - 1)]
     clean_end, clean = work.run(pair.clean, pair.clean_adapter, {*frozen_at, *source, *ends})
-    corrupted_end = work.begin()
-    _, corrupted = work.run(pair.corrupted, pair.corrupted_adapter, {*frozen_at, *source, *ends})
+    corrupted_end, corrupted = work.begin({*frozen_at, *source, *ends})
     noted: dict[Site, Tensor] = {}
     wanted = {Site(RECEIVERS[of.kind], of.layer) for of in heard_by if of.kind != "logits"}
     edits = _frozen(model, sender, corrupted, through) | _sent(model, sender, clean, corrupted)

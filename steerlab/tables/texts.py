@@ -146,6 +146,22 @@ TEXTS: dict[str, tuple[Column, ...]] = {
         Column("high", "float", "metric", "upper end of the 95 % interval over sequences"),
         Column("n", "int", "sequences", "in either run"),
     ),
+    "path_nodes": (
+        Column("node", "str", "1", "name, unique"),
+        Column("kind", "str", "1", "embedding, vector, heads, mlp or logits"),
+        Column("layer", "int", "1", "0-based decoder block, -1 for the embedding; the number of blocks for the logits"),
+        Column("head", "int", "1", "0-based group of heads that share keys and values, -1 for what is none"),
+        Column("said", "float", "metric", "sum of absolute effects of its links to others"),
+        Column("heard", "float", "metric", "sum of absolute effects of links to it"),
+        Column("strength", "float", "metric", "the larger of the two"),
+    ),
+    "path_links": (
+        Column("source", "str", "1", "name of a node"),
+        Column("target", "str", "1", "name of a node behind it"),
+        Column(
+            "effect", "float", "metric", "change of the metric, to first order; of heads through q, k and v together"
+        ),
+    ),
     "agreement": (
         Column("estimate", "str", "1", "what is compared with exact patching, by name"),
         Column("spearman", "float", "1", "rank correlation of estimated and exact effects"),
