@@ -378,6 +378,36 @@ def test_attention_and_attribution_are_read_into_the_run_and_its_report(sl: Sl, 
     assert "Direct logit attribution" in page and "<h2>Attention" in page
 
 
+def test_circuits_are_read_into_the_run_and_its_report(sl: Sl, steered: Path) -> None:
+    one = ("--problems", "2", "--layers", "1")
+    said = sl("activation-patching", steered, *one, "--kinds", "z", "mlp_out")
+    assert said.code == 0 and "put into the base run" in said.out
+    said = sl("path-patching", steered, *one)
+    assert said.code == 0 and "what vector says" in said.out and "do not add up" in said.out
+    said = sl("path-patching", steered, *one, "--sender", "head.2.0", "--through", "mlps")
+    assert said.code == 0 and "what head says" in said.out
+    said = sl("edges", steered, *one, "--steps", "2", "--check", "6")
+    assert said.code == 0 and "strongest links" in said.out and "exactly patched edges" in said.out
+    run = Run.open(steered)
+    assert {"activation_patching", "path_patching", "edges", "path_links", "agreement", "decisions"} <= set(
+        run.tables()
+    )
+    assert {"activation_patching_heads", "activation_patching_blocks", "path_patching", "path_graph"} <= set(
+        run.figures()
+    )
+    assert {"nodes", "links", "metadata"} <= json.loads((steered / "graphs" / "paths.json").read_text()).keys()
+    page = (steered / "report.html").read_text()
+    assert all(f"<h2>{title}" in page for title in ("Activation patching", "Path patching", "Paths to the logits"))
+    for words, says in (
+        (("path-patching", steered, *one, "--sender", "head.2"), "is not a sender"),
+        (("path-patching", steered, "--problems", "2"), "add --layers LAYER"),
+        (("activation-patching", steered, *one, "--kinds", "nonsense"), "unknown site"),
+        (("edges", steered, *one, "--links", "0"), "n_links of at least 1"),
+    ):
+        refused = sl(*words)
+        assert refused.code == 2 and says in refused.err
+
+
 def test_side_effects_are_read_into_the_run_and_its_report(
     sl: Sl, steered: Path, sums: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,7 +75,7 @@ def activation_patching(console: Console, table: pd.DataFrame, n: int = 10) -> N
     for name in ("place", "change", "recovered", "95 % over texts"):
         shown.add_column(name, justify="left" if name == "place" else "right", no_wrap=True)
     for kind, part in table.groupby("kind", sort=False):
-        for row in _largest(part, np.subtract(part["value"], part["corrupted"]), n):
+        for row in _largest(part, (part["value"] - part["corrupted"]).to_numpy(), n):
             head = f".{row['head']}" if row["head"] >= 0 else ""
             shown.add_row(f"{kind} {row['layer']}{head}", *_change(row))
     console.print(shown)
@@ -88,7 +88,7 @@ def path_patching(console: Console, table: pd.DataFrame, n: int = 15) -> None:
     shown = Table(box=None, pad_edge=False, title=title)
     for name in ("receiver", "change", "recovered", "95 % over texts"):
         shown.add_column(name, justify="left" if name == "receiver" else "right", no_wrap=True)
-    for row in _largest(table, np.subtract(table["value"], table["corrupted"]), n):
+    for row in _largest(table, (table["value"] - table["corrupted"]).to_numpy(), n):
         head = f".{row['receiver_head']}" if row["receiver_head"] >= 0 else ""
         at = "" if row["receiver"] == "logits" else f" {row['receiver_layer']}{head}"
         shown.add_row(f"{row['receiver']}{at}", *_change(row))

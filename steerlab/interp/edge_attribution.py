@@ -8,7 +8,9 @@ norm in front of it, so grouped queries, QK-norm, post-norm and parallel blocks 
 
 `steps`: at how many places between the corrupted (0) and the clean run (1) gradients are taken and averaged, embeddings
 and vectors being mixed (integrated gradients: Hanna et al. 2024, here at the middles of equal parts); 0: at the
-corrupted run only, plain edge attribution. `interp/agreement.py` measures how far it is from exact path patching.
+corrupted run only, plain edge attribution. The two ask for different things: integrated effects add up to the whole
+change; gradients at the corrupted run say what patching a single edge into that run does, and agree with it better.
+`interp/agreement.py` measures how far either is from exact path patching.
 
 What embeddings and vectors say to all that hear them adds up to the metric's change as `steps` grows;
 `table.attrs["unexplained"]` is the part that it does not, relative to the change. Left out: positions one by one, edges
@@ -23,7 +25,7 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from steerlab import tables
 from steerlab.adapters import Adapter, SteeringVectors
@@ -108,14 +110,16 @@ def _heads(
 ) -> Iterator[tuple[Sender, Float[Tensor, "batch pos d_model"]]]:
     """What attention writes with one head's output from the clean run, beside what it wrote in the corrupted one."""
     arch, block = architecture(model.family), model.blocks[layer]
-    after = block.get_submodule(arch.ln1_post) if arch.ln1_post is not None else torch.nn.Identity()
     projection = block.get_submodule(arch.z)
-    written = after(projection(corrupted))
+    stored: Tensor = projection.weight  # type: ignore[assignment]
+    weight = stored if isinstance(projection, nn.Linear) else stored.T
+    after = nn.Identity() if arch.ln1_post is None else block.get_submodule(arch.ln1_post)
+    before = projection(corrupted)
+    written = after(before)
     for head in range(model.n_heads):
         part = slice(head * model.d_head, (head + 1) * model.d_head)
-        z = corrupted.clone()
-        z[..., part] = clean[..., part]
-        yield Sender("head", layer, head), after(projection(z)) - written
+        said = (clean - corrupted)[..., part] @ weight[:, part].T
+        yield Sender("head", layer, head), said if arch.ln1_post is None else after(before + said) - written
 
 
 def _slopes(

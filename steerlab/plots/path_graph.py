@@ -20,6 +20,7 @@ SHAPES = {
     "logits": ("square", INK),
 }
 SIGNS = {"raises the metric": COLOURS[0], "lowers it": COLOURS[1]}
+_BESIDE = {"vector": "middle left", "logits": "top center"}  # where names stand
 WIDEST = 9.0  # px
 
 
@@ -39,7 +40,7 @@ def path_graph(nodes: pd.DataFrame, links: pd.DataFrame) -> go.Figure:
             size = abs(link["effect"]) / largest
             (x0, y0), (x1, y1) = places[link["source"]], places[link["target"]]
             made.add_scatter(
-                x=[x0, (x0 + x1) / 2 + 0.08 * (y1 - y0) / (1 + abs(y1 - y0)), x1],
+                x=[x0, (x0 + x1) / 2 - (0.14 * abs(y1 - y0) ** 0.5 if x0 == x1 else 0.0), x1],  # an arc in a column
                 y=[y0, (y0 + y1) / 2, y1],
                 mode="lines",
                 line={"width": 0.6 + WIDEST * size, "color": colour, "shape": "spline"},
@@ -50,15 +51,15 @@ def path_graph(nodes: pd.DataFrame, links: pd.DataFrame) -> go.Figure:
                 text=[f"{label(link['source'])} → {label(link['target'])}: {link['effect']:+.3f}"] * 3,
                 hovertemplate="%{text}<extra></extra>",
             )
-    for kind, (symbol, colour) in SHAPES.items():
+    for kind in SHAPES:
         part = nodes.loc[nodes["kind"] == kind]
         if len(part):
-            _dots(made, part, places, symbol, colour)
+            _dots(made, part, places, kind)
     title = "The strongest paths to the logits (edges to first order)"
     height = min(1_100, max(420, 150 + 26 * len({y for _, y in places.values()})))
     made.update_layout(template=HOUSE, title_text=title, height=height, legend_y=1.06, margin_t=100)
     made.update_xaxes(
-        visible=False, range=[min(x for x, _ in places.values()) - 0.7, 0.9 + max(x for x, _ in places.values())]
+        visible=False, range=[min(x for x, _ in places.values()) - 0.7, 0.8 + max(x for x, _ in places.values())]
     )
     ticks = {
         int(y): str(int(y))
@@ -80,16 +81,15 @@ def _places(nodes: pd.DataFrame) -> Mapping[str, tuple[float, float]]:
     }
 
 
-def _dots(
-    made: go.Figure, part: pd.DataFrame, places: Mapping[str, tuple[float, float]], symbol: str, colour: str
-) -> None:
+def _dots(made: go.Figure, part: pd.DataFrame, places: Mapping[str, tuple[float, float]], kind: str) -> None:
+    symbol, colour = SHAPES[kind]
     made.add_scatter(
         x=[places[node][0] for node in part["node"]],
         y=[places[node][1] for node in part["node"]],
         mode="markers+text",
         marker={"size": 11, "symbol": symbol, "color": colour, "line": {"width": 1, "color": "#ffffff"}},
         text=[label(str(node)) for node in part["node"]],
-        textposition="middle right",
+        textposition=_BESIDE.get(kind, "middle right"),
         textfont={"size": 11},
         customdata=part[["said", "heard"]].to_numpy(),
         hovertemplate="%{text}<br>says %{customdata[0]:.3f}, hears %{customdata[1]:.3f}<extra></extra>",
