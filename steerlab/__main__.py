@@ -347,6 +347,7 @@ COMMANDS: Mapping[str, Callable[..., int]] = {
     "languages": readouts.languages,
     "geometry": readouts.geometry,
     "patch": patching.patch,
+    "patch-effects": patching.patch_effects,
     "attention": patching.attention,
     "attribution": patching.attribution,
     "report": report,

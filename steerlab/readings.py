@@ -30,10 +30,13 @@ from steerlab.interp import transfer as moving
 from steerlab.interp.contrast import Contrast, Position
 from steerlab.interp.languages import languages as read_languages
 from steerlab.interp.neutral import Neutral
+from steerlab.interp.patch_effects import patch_effects as read_patch_effects
+from steerlab.interp.patched import Patch
 from steerlab.interp.residual_lens import residual_lens
 from steerlab.interp.substitution import raised_first
 from steerlab.interp.substitution import substitution as interp_substitution
 from steerlab.interp.texts import Conditions, Text, contrasts, sampled
+from steerlab.interp.words import Words
 from steerlab.models import LanguageModel
 from steerlab.plots import adaptive as plot_adaptive
 from steerlab.plots import at_equal_kl as plot_equal
@@ -44,6 +47,7 @@ from steerlab.plots import directions as plot_directions
 from steerlab.plots import geometry as plot_geometry
 from steerlab.plots import languages as plot_languages
 from steerlab.plots import magnitudes as plot_magnitudes
+from steerlab.plots import patch_effects as plot_patch_effects
 from steerlab.plots import patching as plot_patching
 from steerlab.plots import persistence as plot_persistence
 from steerlab.plots import residual_lens as plot_lens
@@ -288,6 +292,28 @@ def patching(table: pd.DataFrame) -> Reading:
         if table.loc[table["sender"] == sender, "kept"].notna().any():
             figures[f"{mine}_kept"] = plot_patching.patching(table, sender, "kept")
     return Reading({name: table}, figures)
+
+
+def patch_effects(
+    model: LanguageModel,
+    vectors: SteeringVectors,
+    texts: Sequence[Text],
+    patches: Sequence[Patch],
+    *,
+    words: Words | None = None,
+    k: int = 10,
+    draws: int = 1_000,
+    seed: int = 0,
+) -> Reading:
+    """Which tokens, and which groups of words, the part that each patch is about raises and lowers, and where."""
+    found = read_patch_effects(model, vectors, texts, patches, words=words, k=k, draws=draws, seed=seed)
+    return Reading(
+        {"patch_effects": found.positions, "patch_tokens": found.tokens, "patch_groups": found.groups},
+        {
+            "patch_effects": plot_patch_effects.patch_effects(found.positions),
+            "patch_groups": plot_patch_effects.patch_groups(found.groups),
+        },
+    )
 
 
 def attention(model: LanguageModel, vectors: SteeringVectors, texts: Sequence[Text], *, seed: int = 0) -> Reading:

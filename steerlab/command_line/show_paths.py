@@ -8,9 +8,10 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from steerlab.command_line.show import grid
-from steerlab.plots.house import words
+from steerlab.plots.house import readable, words
 
 
 def patching(console: Console, table: pd.DataFrame) -> None:
@@ -24,6 +25,27 @@ def patching(console: Console, table: pd.DataFrame) -> None:
         return f"{row['value']:.3f} ({row['low']:.3f}–{row['high']:.3f}){kept}"
 
     grid(console, turned, "row", title, told)
+
+
+def patch_effects(console: Console, positions: pd.DataFrame, tokens: pd.DataFrame, groups: pd.DataFrame) -> None:
+    """Per patch the KL and the token that the part raises most; then what goes to groups of words."""
+    most = tokens.loc[(tokens["end"] == "raised") & (tokens["rank"] == 0)].set_index("patch")
+    shown = Table(box=None, pad_edge=False, title="what the part does with the vector, token by token")
+    for name in ("patch", "mean KL (nats)", "largest", "raises most", "mean Δp"):
+        shown.add_column(name, justify="left" if name in ("patch", "raises most") else "right", no_wrap=True)
+    for patch, part in positions.groupby("patch", sort=False):
+        kl, row = part["kl_nats"].to_numpy(), most.loc[str(patch)]
+        token = Text(readable(str(row["token"])))
+        shown.add_row(words(str(patch)), f"{kl.mean():.3g}", f"{kl.max():.3g}", token, f"{row['delta']:+.2g}")
+    console.print(shown)
+
+    def told(row: dict[Hashable, Any]) -> str:
+        return f"{row['mass']:+.2g}" + ("" if row["p"] != row["p"] else f" (p\u00a0{row['p']:.2f})")
+
+    turned = groups.rename(columns={"word_group": "row", "patch": "condition"})
+    grid(
+        console, turned, "row", "Δp of groups of words per position (p: against tokens about as likely, shuffled)", told
+    )
 
 
 def attention(console: Console, table: pd.DataFrame, frozen: pd.DataFrame, n: int = 10) -> None:

@@ -34,7 +34,7 @@ from steerlab.adapters import SteeringVectors
 from steerlab.errors import UsageError
 from steerlab.interp.answers import RESAMPLES
 from steerlab.interp.logit_lens import token_texts
-from steerlab.interp.patched import Patch, Patched, no_patch
+from steerlab.interp.patched import Patch, Patched
 from steerlab.interp.residual_lens import check_k
 from steerlab.interp.states import check_answers, passed_under
 from steerlab.interp.texts import Text
@@ -96,7 +96,9 @@ def patch_effects(
     control = _Control(base, members, changes.mean(1, dtype=np.float64), draws, seed)
     groups = [row | of for n, row in enumerate(facts) for of in _groups(changes[n], n, base, members, control, seed)]
     return PatchEffects(
-        positions, tables.check(pd.DataFrame(tokens), "patch_tokens"), tables.check(pd.DataFrame(groups), "patch_groups")
+        positions,
+        tables.check(pd.DataFrame(tokens), "patch_tokens"),
+        tables.check(pd.DataFrame(groups), "patch_groups"),
     )
 
 
@@ -152,9 +154,7 @@ def _of(kl: Float[Tensor, " pos"], change: Float[Tensor, "pos d_vocab"]) -> dict
     return {name: values.cpu().numpy() for name, values in found.items()}
 
 
-def _positions(
-    model: LanguageModel, facts: Sequence[dict[str, object]], parts: Sequence[pd.DataFrame]
-) -> pd.DataFrame:
+def _positions(model: LanguageModel, facts: Sequence[dict[str, object]], parts: Sequence[pd.DataFrame]) -> pd.DataFrame:
     """Rows by patch, text and position, tokens as text."""
     found = pd.concat(parts).sort_values(["patch", "text", "generated"], kind="stable", ignore_index=True)
     told = pd.DataFrame(facts).loc[found["patch"]].reset_index(drop=True)
@@ -171,9 +171,8 @@ def _tokens(
     for end, ids in (("raised", order[::-1][:k]), ("lowered", order[:k])):
         names = token_texts(model.tokenizer, ids)
         for rank, (token, name) in enumerate(zip(ids.tolist(), names, strict=True)):
-            yield {"end": end, "rank": rank, "token_id": token, "token": name, "n_texts": len(change)} | _told(
-                "delta", change[:, token].astype(np.float64), seed
-            )
+            mean = _told("delta", change[:, token].astype(np.float64), seed)
+            yield {"end": end, "rank": rank, "token_id": token, "token": name, **mean, "n_texts": len(change)}
 
 
 def _told(name: str, of_text: Float[np.ndarray, " text"], seed: int) -> dict[str, float]:
@@ -231,7 +230,7 @@ class _Control:
                 drawn.append(both[:, np.concatenate(ids)].sum(1))
             self.drawn[name] = np.stack(drawn, axis=1)
 
-    def told(self, name: str, patch: int) -> dict[str, object]:
+    def told(self, name: str, patch: int) -> dict[str, float]:
         """Columns of `patch_groups` for one group under one patch; missing for a group that was not shuffled."""
         nothing = float("nan")
         columns = ("control", "control_low", "control_high", "control_base_mass", "p")

@@ -32,8 +32,8 @@ WORDS: dict[str, tuple[str, ...]] = {
         "factor", "find", "finding", "first", "firstly", "following", "given", "identify", "let", "let's", "lets",
         "multiply", "multiplying", "next", "now", "perform", "proceed", "rearrange", "recall", "rewrite", "second",
         "set", "simplify", "simplifying", "since", "so", "solve", "solving", "start", "starting", "step", "steps",
-        "substitute", "substituting", "subtract", "subtracting", "sum", "then", "third", "total", "understand", "use", "using",
-        "we",
+        "substitute", "substituting", "subtract", "subtracting", "sum", "then", "third", "total", "understand", "use",
+        "using", "we",
     ),
     "conclusion": (
         "answer", "answers", "conclude", "conclusion", "consequently", "equals", "final", "finally", "gives", "hence",
@@ -84,7 +84,9 @@ def word_groups(tokenizer: Tokenizer, d_vocab: int, words: Words | None = None) 
         if ids:
             found[name] = np.array(ids, dtype=np.int64)
         elif words is not None:
-            raise UsageError(f"no word of group {name!r} is a token of the vocabulary; give words of one token, or none")
+            raise UsageError(
+                f"no word of group {name!r} is a token of the vocabulary; give words of one token, or none"
+            )
     taken = np.concatenate(list(found.values())) if found else np.empty(0, dtype=np.int64)
     rest = np.setdiff1d(np.arange(d_vocab), taken)
     return found | ({REST: rest} if len(rest) else {})

@@ -24,7 +24,9 @@ def patch_effects(df: pd.DataFrame) -> go.Figure:
     if df.empty:
         raise UsageError("the table is empty; patch at least one text")
     layer = int(df["layer"].iloc[0])
-    made = figure(f"How much parts of block {layer + 1} do with the vector of layer {layer}, position by position", height=430)
+    made = figure(
+        f"How much parts of block {layer + 1} do with the vector of layer {layer}, position by position", height=430
+    )
     for number, patch in enumerate(dict.fromkeys(df["patch"])):
         values = df.loc[df["patch"] == patch, "kl_nats"].to_numpy()
         shares = np.linspace(0, 1, min(POINTS, len(values) + 1))
@@ -37,8 +39,9 @@ def patch_effects(df: pd.DataFrame) -> go.Figure:
             name=f"{label(words(str(patch)))} (mean {mean:.2g})",
             hovertemplate="KL ≥ %{x:.2g} nats at %{y:.0%} of positions<extra>" + label(words(str(patch))) + "</extra>",
         )
-    made.update_layout(margin_t=112)
-    made.update_xaxes(title_text="KL(reference ‖ patched) of the next token (nats)", type="log", exponentformat="power")
+    made.update_layout(margin_t=100)
+    made.update_xaxes(title_text="KL(reference ‖ patched) of the next token (nats)", type="log", dtick=1)
+    made.update_xaxes(exponentformat="power")
     return made.update_yaxes(title_text="share of positions with at least that", tickformat=".0%", range=[-0.02, 1.02])
 
 
@@ -51,9 +54,9 @@ def patch_groups(df: pd.DataFrame) -> go.Figure:
     tables.check(df, "patch_groups")
     if df.empty:
         raise UsageError("the table is empty; patch at least one text")
-    moved = df.assign(moved=df["mass"].abs()).groupby("patch", sort=False)["moved"].sum()
-    chosen = set(moved.sort_values(ascending=False, kind="stable").index[:PANELS])
-    panels = [patch for patch in dict.fromkeys(df["patch"]) if patch in chosen]
+    moved = {patch: np.abs(part["mass"].to_numpy()).sum() for patch, part in df.groupby("patch", sort=False)}
+    chosen = set(sorted(moved, key=lambda patch: -moved[patch])[:PANELS])
+    panels = [patch for patch in moved if patch in chosen]
     order = list(dict.fromkeys(df["word_group"]))
     sizes = df.drop_duplicates("word_group").set_index("word_group")["n_tokens"]
     made = make_subplots(
@@ -67,12 +70,14 @@ def patch_groups(df: pd.DataFrame) -> go.Figure:
         made.add_bar(**_control(known, at), showlegend=column == 1, row=1, col=column)
         made.add_scatter(**_mean(known, at), row=1, col=column)
         made.add_scatter(**_masses(part, order), showlegend=column == 1, row=1, col=column)
-        made.update_xaxes(title_text="Δp per position", tickformat="+.2~g", nticks=4, row=1, col=column)
+        made.update_xaxes(title_text="Δp per position", tickformat="+.2~%", nticks=3, tickangle=0, row=1, col=column)
     made.add_vline(x=0, line={"color": MUTED, "width": 1, "dash": "dot"})
     layer = int(df["layer"].iloc[0])
     title = f"What parts of block {layer + 1} do to groups of words: to the right, the part raises them"
-    made.update_layout(template=HOUSE, height=190 + 34 * len(order), title_text=title, margin={"t": 118}, barmode="overlay")
-    made.update_layout(legend={"yref": "container", "y": 0.9, "yanchor": "top"})
+    made.update_layout(
+        template=HOUSE, height=190 + 34 * len(order), title_text=title, margin={"t": 112}, barmode="overlay"
+    )
+    made.update_layout(legend={"yref": "container", "y": 0.93, "yanchor": "top"})
     made.update_yaxes(
         tickvals=list(range(len(order))),
         ticktext=[f"{label(words(str(name)))} ({sizes[name]})" for name in order],
@@ -108,6 +113,7 @@ def _masses(part: pd.DataFrame, order: list[str]) -> dict[str, object]:
         "marker": {"color": COLOURS[0], "size": 8}, "name": "the group, 95 % interval over texts",
         "legendgroup": "group", "customdata": told, "hovertemplate": "%{customdata}<extra></extra>",
         "error_x": {
-            "array": part["high"] - part["mass"], "arrayminus": part["mass"] - part["low"], "thickness": 1.4, "width": 3,
+            "array": part["high"] - part["mass"], "arrayminus": part["mass"] - part["low"],
+            "thickness": 1.4, "width": 3,
         },
     }  # fmt: skip
