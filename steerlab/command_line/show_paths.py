@@ -40,7 +40,7 @@ def patch_effects(console: Console, positions: pd.DataFrame, tokens: pd.DataFram
     console.print(shown)
 
     def told(row: dict[Hashable, Any]) -> str:
-        return f"{row['mass']:+.2g}" + ("" if row["p"] != row["p"] else f" (p\u00a0{row['p']:.2f})")
+        return f"{row['mass']:+.2g}" + ("" if row["p"] != row["p"] else f" p={row['p']:.2f}")
 
     turned = groups.rename(columns={"word_group": "row", "patch": "condition"})
     grid(

@@ -75,7 +75,7 @@ def patch_groups(df: pd.DataFrame) -> go.Figure:
     layer = int(df["layer"].iloc[0])
     title = f"What parts of block {layer + 1} do to groups of words: to the right, the part raises them"
     made.update_layout(
-        template=HOUSE, height=190 + 34 * len(order), title_text=title, margin={"t": 112}, barmode="overlay"
+        template=HOUSE, height=190 + 34 * len(order), title_text=title, margin={"t": 124}, barmode="overlay"
     )
     made.update_layout(legend={"yref": "container", "y": 0.93, "yanchor": "top"})
     made.update_yaxes(

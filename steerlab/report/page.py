@@ -146,7 +146,8 @@ def _shape(figure: go.Figure) -> str:
     """`wide` if cells hold words, or more than two panels stand side by side, and need their room on a phone; `square`
     if both axes have one scale, else nothing."""
     layout: Any = figure.layout
-    beside = {axis.domain for axis in figure.select_xaxes()}
+    axes: Any = figure.select_xaxes()
+    beside = {axis.domain for axis in axes}
     if len(beside) > 2 or any(trace.type == "heatmap" and trace.texttemplate for trace in figure.data):
         return "wide"
     return "square" if layout.yaxis.scaleanchor else ""

@@ -50,8 +50,9 @@ def _beyond(groups: pd.DataFrame) -> str:
         f"{words(str(row['word_group']))} {row['mass']:+.2g} ({words(str(row['patch']))})"
         for row in known.loc[known["p"] < 0.05].to_dict("records")
     ]
-    said = f"these move more than tokens about as likely (p < 0.05): {', '.join(found)}" if found else "none moves more"
-    return f"Of {len(known)} pairs of a patch and a group of words {said}{'.' if found else ' than tokens about as likely.'}"
+    said = f"{len(found)} move" if found else "none moves"
+    named = f" (p < 0.05): {', '.join(found)}" if found else ""
+    return f"Of {len(known)} pairs of a patch and a group of words {said} more than tokens about as likely{named}."
 
 
 def _passages(positions: pd.DataFrame) -> Iterator[Passage]:
