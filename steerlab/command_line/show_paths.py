@@ -40,11 +40,17 @@ def patch_effects(console: Console, positions: pd.DataFrame, tokens: pd.DataFram
     console.print(shown)
 
     def told(row: dict[Hashable, Any]) -> str:
-        return f"{row['mass']:+.2g}" + ("" if row["p"] != row["p"] else f" p={row['p']:.2f}")
+        if row["p"] != row["p"]:
+            return f"{row['mass']:+.2g}"
+        return f"{row['mass']:+.2g} p={row['p']:.2f}, {row['raised_share']:.0%} up p={row['raised_p']:.2f}"
 
     turned = groups.rename(columns={"word_group": "row", "patch": "condition"})
     grid(
-        console, turned, "row", "Δp of groups of words per position (p: against tokens about as likely, shuffled)", told
+        console,
+        turned,
+        "row",
+        ("Δp of groups of words per position, share of their tokens that go up; p: against tokens about as likely"),
+        told,
     )
 
 

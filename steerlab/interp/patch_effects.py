@@ -12,7 +12,9 @@ probable move so much? Its labels are shuffled among tokens that are about as li
 of the base model's mean probability on the same texts: the 16 likeliest, the next 16, then 32, 64, …), so a draw has as
 many tokens of each stratum as the group has, which may be among them. That is an exact permutation test of "within
 strata labels do not matter"; `base_mass` beside `control_base_mass` says how well the likelihoods match. It asks of
-words, not of texts: for those are the intervals.
+words, not of texts: for those are the intervals. A few likely tokens decide a group's mass, so the test of it sees only
+large effects; the share of its tokens with a mean Δp above 0, each counting alike (`raised_share`), is tested the same
+way and sees whether the group moves as a whole.
 
 Left out: what a patch does to answers (`patching`), effects at the first position apart (`token_effects`), correction
 of the p-values for the number of groups and patches.
@@ -93,8 +95,8 @@ def patch_effects(
     facts = [{"layer": vectors.layers[0], "patch": patch.name, "reference": patch.reference.name} for patch in every]
     positions = _positions(model, facts, parts)
     tokens = [row | of for row, change in zip(facts, changes, strict=True) for of in _tokens(model, change, k, seed)]
-    control = _Control(base, members, changes.mean(1, dtype=np.float64), draws, seed)
-    groups = [row | of for n, row in enumerate(facts) for of in _groups(changes[n], n, base, members, control, seed)]
+    by_patch = _groups(changes, base, members, draws, seed)
+    groups = [row | of for row, found in zip(facts, by_patch, strict=True) for of in found]
     return PatchEffects(
         positions,
         tables.check(pd.DataFrame(tokens), "patch_tokens"),
@@ -123,12 +125,13 @@ def _read(
     for start in range(0, len(plain), CHUNK_POSITIONS):
         rows = slice(start, start + CHUNK_POSITIONS)
         sums[0] += _logprobs(model, plain[rows]).exp().sum(0)
-        references = {patch.reference.name for patch in patches}
-        known = {name: _logprobs(model, hidden[name][rows]) for name in sorted(references)}
+        references = dict.fromkeys(patch.reference.name for patch in patches)
+        known = {name: _logprobs(model, hidden[name][rows]) for name in references}
+        p_of = {name: logprobs.exp() for name, logprobs in known.items()}
         for number, patch in enumerate(patches):
-            reference = known[patch.reference.name]
+            reference, p = known[patch.reference.name], p_of[patch.reference.name]
             patched = known[patch.name] if patch.name in known else _logprobs(model, hidden[patch.name][rows])
-            p, q = reference.exp(), patched.exp()
+            q = patched.exp()
             change = q - p if patch.steers else p - q
             sums[1 + number] += change.sum(0)
             kl = torch.linalg.vecdot(p, reference - patched).clamp(min=0)
@@ -182,64 +185,65 @@ def _told(name: str, of_text: Float[np.ndarray, " text"], seed: int) -> dict[str
 
 
 def _groups(
-    change: Float[np.ndarray, "text d_vocab"],
-    number: int,
+    changes: Float[np.ndarray, "patch text d_vocab"],
     base: Float[np.ndarray, " d_vocab"],
     members: dict[str, Int[np.ndarray, " token"]],
-    control: _Control,
+    draws: int,
     seed: int,
-) -> Iterator[dict[str, object]]:
-    """Rows of one patch; for the rest, whose mass the groups' decide, there is no control."""
+) -> Iterator[list[dict[str, object]]]:
+    """Of each patch, the rows of its groups; of the rest, whose mass the groups' decide, without a control."""
+    means = changes.mean(1, dtype=np.float64)
+    of_token = np.vstack([base, means, means > 0])
+    drawn = shuffled(base, {name: ids for name, ids in members.items() if name != REST}, of_token, draws, seed)
+    unknown = np.full((len(of_token), 1), np.nan)
+    for number, change in enumerate(changes):
+        rows: list[dict[str, object]] = []
+        for name, ids in members.items():
+            sums, beside = of_token[:, ids].sum(1), drawn.get(name, unknown)
+            mass, raised = 1 + number, 1 + len(changes) + number
+            low, high = np.quantile(beside[mass], _TAILS)
+            rows.append({
+                "word_group": name, "n_tokens": len(ids), "base_mass": sums[0],
+                **_told("mass", change[:, ids].sum(1, dtype=np.float64), seed), "per_token": sums[mass] / len(ids),
+                "control": beside[mass].mean(), "control_low": low, "control_high": high,
+                "control_base_mass": beside[0].mean(), "p": permutation_p(sums[mass], beside[mass]),
+                "raised_share": sums[raised] / len(ids), "control_raised_share": beside[raised].mean() / len(ids),
+                "raised_p": permutation_p(sums[raised], beside[raised]), "n_texts": len(change), "n_draws": draws,
+            })  # fmt: skip
+        yield rows
+
+
+def shuffled(
+    base: Float[np.ndarray, " d_vocab"],
+    members: dict[str, Int[np.ndarray, " token"]],
+    of_token: Float[np.ndarray, "row d_vocab"],
+    draws: int,
+    seed: int,
+) -> dict[str, Float[np.ndarray, "row draw"]]:
+    """Sums of each row over as many tokens as each group has, drawn anew each time from the group's strata of `base`
+    (module header)."""
+    ranked = np.argsort(-base, kind="stable")
+    ends = SMALLEST_STRATUM * 2 ** np.arange(len(base).bit_length())
+    strata = np.split(ranked, ends[ends < len(base)])
+    number_of = np.empty(len(base), dtype=np.int64)
+    for number, stratum in enumerate(strata):
+        number_of[stratum] = number
+    generator, found = np.random.default_rng(seed), {}
     for name, ids in members.items():
-        mass = _told("mass", change[:, ids].sum(1, dtype=np.float64), seed)
-        yield {
-            "word_group": name, "n_tokens": len(ids), "base_mass": base[ids].sum(), **mass,
-            "per_token": mass["mass"] / len(ids), **control.told(name, number),
-            "n_texts": len(change),
-        }  # fmt: skip
+        counts = np.bincount(number_of[ids], minlength=len(strata)).tolist()
+        asked = [(stratum, n) for stratum, n in zip(strata, counts, strict=True) if n]
+        sums = []
+        for _ in range(draws):
+            drawn = [generator.choice(stratum, n, replace=False, shuffle=False) for stratum, n in asked]
+            sums.append(of_token[:, np.concatenate(drawn)].sum(1))
+        found[name] = np.stack(sums, axis=1)
+    return found
 
 
-class _Control:
-    """What groups would have if their labels were shuffled within strata of the base model's probability."""
-
-    def __init__(
-        self,
-        base: Float[np.ndarray, " d_vocab"],
-        members: dict[str, Int[np.ndarray, " token"]],
-        means: Float[np.ndarray, "patch d_vocab"],
-        draws: int,
-        seed: int,
-    ) -> None:
-        self.draws = draws
-        ranked = np.argsort(-base, kind="stable")
-        ends = SMALLEST_STRATUM * 2 ** np.arange(max(1, len(base).bit_length()))
-        strata = np.split(ranked, ends[ends < len(base)])
-        number_of = np.empty(len(base), dtype=np.int64)
-        for number, stratum in enumerate(strata):
-            number_of[stratum] = number
-        both = np.vstack([base, means])  # row 0: the drawn tokens' own probability
-        self.own = {name: means[:, ids].sum(1) for name, ids in members.items()}
-        self.drawn: dict[str, Float[np.ndarray, "base_and_patches draw"]] = {}
-        generator = np.random.default_rng(seed)
-        for name in (name for name in members if name != REST):
-            counts = np.bincount(number_of[members[name]], minlength=len(strata)).tolist()
-            asked = [(stratum, n) for stratum, n in zip(strata, counts, strict=True) if n]
-            drawn = []
-            for _ in range(draws):
-                ids = [generator.choice(stratum, n, replace=False, shuffle=False) for stratum, n in asked]
-                drawn.append(both[:, np.concatenate(ids)].sum(1))
-            self.drawn[name] = np.stack(drawn, axis=1)
-
-    def told(self, name: str, patch: int) -> dict[str, float]:
-        """Columns of `patch_groups` for one group under one patch; missing for a group that was not shuffled."""
-        nothing = float("nan")
-        columns = ("control", "control_low", "control_high", "control_base_mass", "p")
-        if name not in self.drawn:
-            return dict.fromkeys(columns, nothing) | {"n_draws": self.draws}
-        base, masses, own = self.drawn[name][0], self.drawn[name][1 + patch], self.own[name][patch]
-        near = 1e-12  # equal sums in another order
-        above, below = (masses >= own - near).sum(), (masses <= own + near).sum()
-        p = min(1.0, 2 * (1 + min(above, below)) / (1 + self.draws))
-        low, high = np.quantile(masses, _TAILS)
-        values = (masses.mean(), low, high, base.mean(), p)
-        return dict(zip(columns, map(float, values), strict=True)) | {"n_draws": self.draws}
+def permutation_p(own: float, drawn: Float[np.ndarray, " draw"]) -> float:
+    """Two-sided, the data as they are counted as one of the draws (Phipson & Smyth 2010); missing for missing draws."""
+    if np.isnan(drawn).any():
+        return float("nan")
+    near = 1e-12  # equal sums in another order
+    beyond = min(int((drawn >= own - near).sum()), int((drawn <= own + near).sum()))
+    return min(1.0, 2 * (1 + beyond) / (1 + len(drawn)))

@@ -105,7 +105,13 @@ def _mean(known: pd.DataFrame, at: list[int]) -> dict[str, object]:
 def _masses(part: pd.DataFrame, order: list[str]) -> dict[str, object]:
     told = [
         f"{label(words(str(row['word_group'])))}: {row['mass']:+.2g} [{row['low']:+.2g}, {row['high']:+.2g}]"
-        + ("" if row["p"] != row["p"] else f"<br>control {row['control']:+.2g}, p {row['p']:.3f}")
+        + (
+            ""
+            if row["p"] != row["p"]
+            else f"<br>control {row['control']:+.2g}, p {row['p']:.3f}"
+            f"<br>{row['raised_share']:.0%} of its tokens rise, of the control's {row['control_raised_share']:.0%}, "
+            f"p {row['raised_p']:.3f}"
+        )
         for row in part.to_dict("records")
     ]
     return {

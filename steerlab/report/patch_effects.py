@@ -46,13 +46,21 @@ def patch_effects_section(positions: pd.DataFrame, tokens: pd.DataFrame, groups:
 def _beyond(groups: pd.DataFrame) -> str:
     """Which groups their control does not explain."""
     known = groups.dropna(subset=["p"])
-    found = [
-        f"{words(str(row['word_group']))} {row['mass']:+.2g} ({words(str(row['patch']))})"
-        for row in known.loc[known["p"] < 0.05].to_dict("records")
-    ]
-    said = f"{len(found)} move" if found else "none moves"
-    named = f" (p < 0.05): {', '.join(found)}" if found else ""
-    return f"Of {len(known)} pairs of a patch and a group of words {said} more than tokens about as likely{named}."
+    told = []
+    for column, p, what in (
+        ("mass", "p", "have another Δp than"),
+        ("raised_share", "raised_p", "rise at another share of their tokens than"),
+    ):
+        found = [
+            f"{words(str(row['word_group']))} {_number(column, row[column])} ({words(str(row['patch']))})"
+            for row in known.loc[known[p] < 0.05].to_dict("records")
+        ]
+        told.append(f"{len(found)} {what} tokens about as likely (p < 0.05{': ' if found else ''}{', '.join(found)})")
+    return f"Of {len(known)} pairs of a patch and a group of words {told[0]}, {told[1]}."
+
+
+def _number(column: str, value: float) -> str:
+    return f"{value:+.2g}" if column == "mass" else f"{value:.0%}"
 
 
 def _passages(positions: pd.DataFrame) -> Iterator[Passage]:
@@ -104,9 +112,10 @@ def _groups(groups: pd.DataFrame) -> Table:
             words(str(row["patch"])), words(str(row["word_group"])), str(row["n_tokens"]), f"{row['base_mass']:.3f}",
             f"{row['mass']:+.2e}", f"{row['low']:+.1e} – {row['high']:+.1e}",
             *(
-                ("", "", "") if row["p"] != row["p"]
+                ("",) * 6 if row["p"] != row["p"]
                 else (f"{row['control']:+.1e} ({row['control_low']:+.1e} – {row['control_high']:+.1e})",
-                      f"{row['control_base_mass']:.3f}", f"{row['p']:.3f}")
+                      f"{row['control_base_mass']:.3f}", f"{row['p']:.3f}", f"{row['raised_share']:.0%}",
+                      f"{row['control_raised_share']:.0%}", f"{row['raised_p']:.3f}")
             ),
         )
         for row in groups.to_dict("records")
@@ -114,5 +123,6 @@ def _groups(groups: pd.DataFrame) -> Table:
     header = (
         "patch", "group", "tokens", "probability without vector", "Δp per position", "95 % interval",
         "control (95 % of draws)", "its probability", "p",
+        "tokens raised", "of the control's", "p",
     )  # fmt: skip
-    return Table(header, rows, frozenset(range(2, 9)))
+    return Table(header, rows, frozenset(range(2, 12)))

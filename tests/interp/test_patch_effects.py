@@ -13,7 +13,7 @@ import torch
 from steerlab.adapters import Adapter, SteeringVectors
 from steerlab.errors import UsageError
 from steerlab.interp import patched as p
-from steerlab.interp.patch_effects import _Control, patch_effects
+from steerlab.interp.patch_effects import patch_effects, permutation_p, shuffled
 from steerlab.interp.texts import Text
 from steerlab.interp.token_effects import token_effects
 from steerlab.models import LanguageModel, Site
@@ -108,7 +108,9 @@ def test_means_and_masses_are_those_of_the_whole_vocabulary(
     base = torch.stack([probabilities(model, None, text).mean(0) for text in texts]).mean(0)
     assert groups.loc["numbers", "base_mass"] == pytest.approx(float(base[digits].sum()), abs=1e-9)
     assert groups["mass"].sum() == pytest.approx(0, abs=1e-7) and groups["base_mass"].sum() == pytest.approx(1)
-    assert pd.isna(groups.loc["other", "p"]) and groups.drop("other")["p"].between(0, 1).all()
+    assert pd.isna(groups.loc["other", "p"]) and groups.drop("other")[["p", "raised_p"]].gt(0).all(axis=None)
+    raised = (by_text.mean(0)[digits] > 0).double().mean()
+    assert groups.loc["numbers", "raised_share"] == pytest.approx(float(raised))
     assert (groups["low"] <= groups["mass"]).all() and (groups["mass"] <= groups["high"]).all()
 
 
@@ -122,6 +124,7 @@ def test_a_planted_group_beats_its_control_and_others_do_not(exact: Exact, texts
     numbers, others = groups.loc["numbers"], groups.drop(["numbers", "other"])
     assert groups["mass"].idxmax() == "numbers" and numbers["mass"] > 0.05
     assert numbers["mass"] > numbers["control_high"] and numbers["p"] < 0.01
+    assert numbers["raised_share"] > 0.8 > numbers["control_raised_share"] and numbers["raised_p"] < 0.01
     assert (others["mass"] < numbers["control_high"]).all() and (others["p"] > 0.05).any()
     assert groups["mass"]["other"] < 0, "what they gain, the rest loses"
     assert set(pick(whole.tokens, end="raised").head(3)["token"]) <= set("0123456789")
@@ -134,17 +137,21 @@ def test_the_control_is_calibrated_and_matched() -> None:
     generator = np.random.default_rng(0)
     base = generator.dirichlet(np.full(400, 0.1))
     change = base * generator.normal(size=400)  # likelier tokens move more
-    drawn = {f"g{n}": generator.choice(400, 12, replace=False) for n in range(60)}
-    control = _Control(base, drawn, change[None], 199, seed=1)
-    ps = [control.told(name, 0)["p"] for name in drawn]
+
+    def ps_of(change: np.ndarray, **groups: np.ndarray) -> list[float]:
+        drawn = shuffled(base, groups, np.stack([change]), 199, seed=1)
+        return [permutation_p(change[ids].sum(), drawn[name][0]) for name, ids in groups.items()]
+
+    groups = {f"g{n}": generator.choice(400, 12, replace=False) for n in range(60)}
+    ps = ps_of(change, **groups)
     assert np.mean(np.array(ps) < 0.05) < 0.15 and 0.3 < np.mean(ps) < 0.8
-    likely = {"likely": np.argsort(-base)[:12]}
-    told = _Control(base, likely, np.abs(change)[None], 199, seed=1).told("likely", 0)
-    assert told["p"] > 0.01 and told["control_base_mass"] > 0.6 * base[likely["likely"]].sum()
-    planted = change + 0.05 * np.isin(np.arange(400), drawn["g0"])
-    assert _Control(base, drawn, planted[None], 199, seed=1).told("g0", 0)["p"] == pytest.approx(0.01)
-    again = _Control(base, drawn, change[None], 199, seed=1)
-    assert [again.told(name, 0)["p"] for name in drawn] == ps
+    assert ps_of(change, **groups) == ps
+    planted = change + 0.05 * np.isin(np.arange(400), groups["g0"])
+    assert ps_of(planted, g0=groups["g0"]) == [pytest.approx(0.01)]
+    likely = np.argsort(-base)[:12]
+    assert ps_of(np.abs(change), likely=likely)[0] > 0.01
+    assert shuffled(base, {"likely": likely}, base[None], 199, seed=1)["likely"].mean() > 0.6 * base[likely].sum()
+    assert permutation_p(0.0, np.zeros(9)) == 1 and np.isnan(permutation_p(0.0, np.array([np.nan])))
 
 
 def test_figures(exact: Exact, vectors: Vectors, texts: list[Text]) -> None:
