@@ -375,9 +375,10 @@ def test_token_effects_of_patches_are_read_into_the_run_and_its_report(sl: Sl, s
     run = Run.open(steered)
     assert set(run.table("patch_effects")["reference"]) == {"no_patch", "skip_attention"}
     assert set(run.table("patch_groups")["word_group"]) == {"<i>letters</i>", "other"}
-    assert len(run.table("patch_tokens")) == 2 * 2 * 2 and {"patch_effects", "patch_groups"} <= set(run.figures())
+    assert len(run.table("patch_tokens")) == 2 * 2 * 2 * 2 and {"patch_effects", "patch_groups"} <= set(run.figures())
     page = (steered / "report.html").read_text()
     assert "<h2>Token effects of patches" in page and "--much:1.000" in page and "<i>letters" not in page
+    assert "Of 2 pairs of a patch and a group of words" in page and "(of a random direction" in page
     assert sl("patch-effects", steered, *short).code == 0
     assert set(run.table("patch_effects")["patch"]) == {"skip_attention", "skip_mlp", "skip_layer"}
     refused(sl("patch-effects", steered, *short, "--patches", "skip_hed(0)"), "did you mean skip_head(0)")

@@ -14,7 +14,9 @@ many tokens of each stratum as the group has, which may be among them. That is a
 strata labels do not matter"; `base_mass` beside `control_base_mass` says how well the likelihoods match. It asks of
 words, not of texts: for those are the intervals. A few likely tokens decide a group's mass, so the test of it sees only
 large effects; the share of its tokens with a mean Δp above 0, each counting alike (`raised_share`), is tested the same
-way and sees whether the group moves as a whole.
+way and sees whether the group moves as a whole. Neither says that the vector is special: related words lie close to
+each other, so any direction moves some group as a whole. For that a random direction of the vector's length goes the
+same way, as `sender` random.
 
 Left out: what a patch does to answers (`patching`), effects at the first position apart (`token_effects`), correction
 of the p-values for the number of groups and patches.
@@ -68,13 +70,15 @@ def patch_effects(
     words: Words | None = None,
     k: int = 10,
     draws: int = 1_000,
+    control: bool = True,
     seed: int = 0,
 ) -> PatchEffects:
     """What the part that each patch is about does to each token of `texts`. vectors: of one layer.
 
     words: groups of your own, see `words.word_groups`. k: tokens of each end in the table of means. draws: shuffles of
-    the control. Holds patches × texts × d_vocab numbers of 4 bytes. Raises UsageError as `Patched` and `word_groups`
-    do, for no patch, k or draws < 1, and for texts without a generated token or that do not fit the model.
+    the groups. control: also a random direction of the vector's length. Holds patches × texts × d_vocab numbers of 4
+    bytes. Raises UsageError as `Patched` and `word_groups` do, for no patch, k or draws < 1, and for texts without a
+    generated token or that do not fit the model.
     """
     check_answers(model, texts)
     check_k(model, k)
@@ -82,26 +86,47 @@ def patch_effects(
         raise UsageError(f"{len(patches)} patches and {draws} draws; give at least one patch and one draw")
     every = list({patch.name: patch for patch in patches}.values())
     members = word_groups(model.tokenizer, model.d_vocab, words)
-    adapters = {patch.name: Patched(vectors, patch) for patch in (*every, *(patch.reference for patch in every))}
+    senders = {"trained": vectors}
+    if control:
+        senders["random"] = vectors.randomise(torch.Generator().manual_seed(seed))
+    found = [_of_sender(model, name, of, texts, every, members, k, draws, seed) for name, of in senders.items()]
+    return PatchEffects(
+        tables.check(pd.concat([of.positions for of in found], ignore_index=True), "patch_effects"),
+        tables.check(pd.concat([of.tokens for of in found], ignore_index=True), "patch_tokens"),
+        tables.check(pd.concat([of.groups for of in found], ignore_index=True), "patch_groups"),
+    )
+
+
+def _of_sender(
+    model: LanguageModel,
+    sender: str,
+    vectors: SteeringVectors,
+    texts: Sequence[Text],
+    patches: Sequence[Patch],
+    members: dict[str, Int[np.ndarray, " token"]],
+    k: int,
+    draws: int,
+    seed: int,
+) -> PatchEffects:
+    """The three tables of one set of vectors."""
+    adapters = {patch.name: Patched(vectors, patch) for patch in (*patches, *(patch.reference for patch in patches))}
     parts: list[pd.DataFrame] = []
-    changes = np.zeros((len(every), len(texts), model.d_vocab), dtype=np.float32)
+    changes = np.zeros((len(patches), len(texts), model.d_vocab), dtype=np.float32)
     base = np.zeros(model.d_vocab)
     for number, text in enumerate(texts):
-        sums = torch.zeros(1 + len(every), model.d_vocab, dtype=torch.float64, device=model.device)
-        parts += [part.assign(text=number) for part in _read(model, adapters, every, text, sums)]
+        sums = torch.zeros(1 + len(patches), model.d_vocab, dtype=torch.float64, device=model.device)
+        parts += [part.assign(text=number) for part in _read(model, adapters, patches, text, sums)]
         means = sums.cpu().numpy() / (len(text.tokens) - text.n_prompt)
         base += means[0] / len(texts)
         changes[:, number] = means[1:]
-    facts = [{"layer": vectors.layers[0], "patch": patch.name, "reference": patch.reference.name} for patch in every]
-    positions = _positions(model, facts, parts)
+    facts: list[dict[str, object]] = [
+        {"sender": sender, "layer": vectors.layers[0], "patch": patch.name, "reference": patch.reference.name}
+        for patch in patches
+    ]
     tokens = [row | of for row, change in zip(facts, changes, strict=True) for of in _tokens(model, change, k, seed)]
     by_patch = _groups(changes, base, members, draws, seed)
     groups = [row | of for row, found in zip(facts, by_patch, strict=True) for of in found]
-    return PatchEffects(
-        positions,
-        tables.check(pd.DataFrame(tokens), "patch_tokens"),
-        tables.check(pd.DataFrame(groups), "patch_groups"),
-    )
+    return PatchEffects(_positions(model, facts, parts), pd.DataFrame(tokens), pd.DataFrame(groups))
 
 
 def _read(
@@ -163,7 +188,7 @@ def _positions(model: LanguageModel, facts: Sequence[dict[str, object]], parts: 
     told = pd.DataFrame(facts).loc[found["patch"]].reset_index(drop=True)
     for name in ("token", "raised", "lowered"):
         found[name] = token_texts(model.tokenizer, found[f"{name}_id"].to_numpy())
-    return tables.check(pd.concat([told, found.drop(columns=["patch", "token_id"])], axis=1), "patch_effects")
+    return pd.concat([told, found.drop(columns=["patch", "token_id"])], axis=1)
 
 
 def _tokens(

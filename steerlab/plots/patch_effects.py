@@ -18,26 +18,32 @@ PANELS = 4
 
 
 def patch_effects(df: pd.DataFrame) -> go.Figure:
-    """Per patch, the share of positions whose KL(reference ‖ patched) is at least so large. Raises UsageError for no
-    rows."""
+    """Per patch, the share of positions whose KL(reference ‖ patched) is at least so large; dotted for a random
+    direction. Raises UsageError for no rows."""
     tables.check(df, "patch_effects")
-    if df.empty:
-        raise UsageError("the table is empty; patch at least one text")
+    _refuse_empty(df)
     layer = int(df["layer"].iloc[0])
     made = figure(
         f"How much parts of block {layer + 1} do with the vector of layer {layer}, position by position", height=430
     )
-    for number, patch in enumerate(dict.fromkeys(df["patch"])):
-        values = df.loc[df["patch"] == patch, "kl_nats"].to_numpy()
+    patches = list(dict.fromkeys(df["patch"]))
+    for sender, patch in dict.fromkeys(zip(df["sender"], df["patch"], strict=True)):
+        trained, name = sender == "trained", label(words(str(patch)))
+        values = df.loc[(df["sender"] == sender) & (df["patch"] == patch), "kl_nats"].to_numpy()
         shares = np.linspace(0, 1, min(POINTS, len(values) + 1))
-        mean = float(values.mean())
         made.add_scatter(
             x=np.quantile(values.clip(SMALLEST), 1 - shares),
             y=shares,
             mode="lines",
-            line={"color": COLOURS[number % len(COLOURS)], "width": 2, "dash": _DASHES[number // len(COLOURS) % 3]},
-            name=f"{label(words(str(patch)))} (mean {mean:.2g})",
-            hovertemplate="KL ≥ %{x:.2g} nats at %{y:.0%} of positions<extra>" + label(words(str(patch))) + "</extra>",
+            line={
+                "color": COLOURS[patches.index(patch) % len(COLOURS)],
+                "width": 2.2 if trained else 1.2,
+                "dash": "solid" if trained else "dot",
+            },
+            name=f"{name} (mean {float(values.mean()):.2g})",
+            legendgroup=name,
+            showlegend=trained,
+            hovertemplate=f"KL ≥ %{{x:.2g}} nats at %{{y:.0%}} of positions<extra>{name}, {sender}</extra>",
         )
     made.update_layout(margin_t=100)
     made.update_xaxes(title_text="KL(reference ‖ patched) of the next token (nats)", type="log", dtick=1)
@@ -45,15 +51,13 @@ def patch_effects(df: pd.DataFrame) -> go.Figure:
     return made.update_yaxes(title_text="share of positions with at least that", tickformat=".0%", range=[-0.02, 1.02])
 
 
-_DASHES = ("solid", "dash", "dot")
-
-
 def patch_groups(df: pd.DataFrame) -> go.Figure:
     """Per patch (the four that move most mass) and group of words: Δp of the group with its 95 % interval over texts,
-    over the grey middle 95 % of the shuffled control, whose mean is a tick. Raises UsageError for no rows."""
+    over the grey middle 95 % of the shuffled control, whose mean is a tick; a cross for a random direction. Raises
+    UsageError for no rows."""
     tables.check(df, "patch_groups")
-    if df.empty:
-        raise UsageError("the table is empty; patch at least one text")
+    _refuse_empty(df)
+    df, random = df.loc[df["sender"] == "trained"], df.loc[df["sender"] == "random"]
     moved = {patch: np.abs(part["mass"].to_numpy()).sum() for patch, part in df.groupby("patch", sort=False)}
     chosen = set(sorted(moved, key=lambda patch: -moved[patch])[:PANELS])
     panels = [patch for patch in moved if patch in chosen]
@@ -70,6 +74,9 @@ def patch_groups(df: pd.DataFrame) -> go.Figure:
         made.add_bar(**_control(known, at), showlegend=column == 1, row=1, col=column)
         made.add_scatter(**_mean(known, at), row=1, col=column)
         made.add_scatter(**_masses(part, order), showlegend=column == 1, row=1, col=column)
+        other = random.loc[random["patch"] == patch]
+        if len(other):
+            made.add_scatter(**_random(other, order), showlegend=column == 1, row=1, col=column)
         made.update_xaxes(title_text="Δp per position", tickformat="+.2~%", nticks=3, tickangle=0, row=1, col=column)
     made.add_vline(x=0, line={"color": MUTED, "width": 1, "dash": "dot"})
     layer = int(df["layer"].iloc[0])
@@ -84,6 +91,20 @@ def patch_groups(df: pd.DataFrame) -> go.Figure:
         range=[len(order) - 0.5, -0.5],
     )
     return made.update_yaxes(title_text="group (tokens)", row=1, col=1)
+
+
+def _refuse_empty(df: pd.DataFrame) -> None:
+    if df.loc[df["sender"] == "trained"].empty:
+        raise UsageError("the table is empty; patch at least one text")
+
+
+def _random(part: pd.DataFrame, order: list[str]) -> dict[str, object]:
+    return {
+        "x": part["mass"], "y": [order.index(name) for name in part["word_group"]], "mode": "markers",
+        "marker": {"symbol": "x-thin", "size": 7, "line": {"width": 1.6, "color": COLOURS[3]}},
+        "name": "of a random direction", "legendgroup": "random",
+        "hovertemplate": "random direction %{x:+.2g}<extra></extra>",
+    }  # fmt: skip
 
 
 def _control(known: pd.DataFrame, at: list[int]) -> dict[str, object]:

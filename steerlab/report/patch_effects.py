@@ -20,7 +20,13 @@ STRONGEST = 0.98  # share of a patch's positions whose KL is below the strongest
 
 def patch_effects_section(positions: pd.DataFrame, tokens: pd.DataFrame, groups: pd.DataFrame) -> Section:
     """What parts of the block do to which tokens, and where."""
-    told = ", ".join(f"{words(patch)} {mean:.3g}" for patch, (mean, _) in _kl_by(positions, "patch").items())
+    figures = (plots.patch_effects(positions), plots.patch_groups(groups))
+    random = _kl_by(positions.loc[positions["sender"] == "random"], "patch")
+    positions = positions.loc[positions["sender"] == "trained"]
+    told = ", ".join(
+        f"{words(patch)} {mean:.3g}{f' (random direction {random[patch][0]:.3g})' if random else ''}"
+        for patch, (mean, _) in _kl_by(positions, "patch").items()
+    )
     layer = int(positions["layer"].iloc[0])
     text = (
         f"Block {layer + 1} with a patch beside the same block without it, on the same {positions['text'].nunique()} "
@@ -30,13 +36,14 @@ def patch_effects_section(positions: pd.DataFrame, tokens: pd.DataFrame, groups:
     note = (
         "A positive Δp reads: the part raises the token. Groups are short word lists of this package "
         "(steerlab/interp/words.py) or your own; the control draws as many tokens, about as likely without a "
-        "vector. Its p-values are not corrected for the number of groups and patches. Coloured texts: those "
+        "vector. Its p-values are not corrected for the number of groups and patches, and do not say that the vector "
+        "is special: a random direction moves related words together too. Coloured texts: those "
         f"with the largest KL of the {COLOURED_PATCHES} patches that matter most; rest on a token for its numbers."
     )
     return Section(
         "Token effects of patches",
         text,
-        figures=(plots.patch_effects(positions), plots.patch_groups(groups)),
+        figures=figures,
         folded=(("Tokens raised and lowered by each part", _tokens(tokens)), ("Groups of words", _groups(groups))),
         passages=tuple(_passages(positions)),
         note=note,
@@ -44,23 +51,19 @@ def patch_effects_section(positions: pd.DataFrame, tokens: pd.DataFrame, groups:
 
 
 def _beyond(groups: pd.DataFrame) -> str:
-    """Which groups their control does not explain."""
+    """How many groups their control does not explain, beside how many of a random direction's."""
     known = groups.dropna(subset=["p"])
-    told = []
-    for column, p, what in (
-        ("mass", "p", "have another Δp than"),
-        ("raised_share", "raised_p", "rise at another share of their tokens than"),
-    ):
-        found = [
-            f"{words(str(row['word_group']))} {_number(column, row[column])} ({words(str(row['patch']))})"
-            for row in known.loc[known[p] < 0.05].to_dict("records")
-        ]
-        told.append(f"{len(found)} {what} tokens about as likely (p < 0.05{': ' if found else ''}{', '.join(found)})")
-    return f"Of {len(known)} pairs of a patch and a group of words {told[0]}, {told[1]}."
-
-
-def _number(column: str, value: float) -> str:
-    return f"{value:+.2g}" if column == "mass" else f"{value:.0%}"
+    counts = {}
+    for sender, part in known.groupby("sender", sort=False):
+        counts[str(sender)] = [int((part[name].to_numpy() < 0.05).sum()) for name in ("p", "raised_p")]
+    if not counts:
+        return "No word of the groups is a token of the vocabulary."
+    mass, raised = counts["trained"]
+    random = f" (of a random direction {counts['random'][0]} and {counts['random'][1]})" if "random" in counts else ""
+    return (
+        f"Of {len(known) // len(counts)} pairs of a patch and a group of words {mass} differ from tokens about as "
+        f"likely by their Δp, and {raised} by the share of their tokens that rise{random}."
+    )
 
 
 def _passages(positions: pd.DataFrame) -> Iterator[Passage]:
@@ -97,20 +100,22 @@ def _says(row: dict[Hashable, Any]) -> str:
 def _tokens(tokens: pd.DataFrame) -> Table:
     rows = tuple(
         (
-            words(str(row["patch"])), str(row["end"]), readable(str(row["token"])), f"{row['delta']:+.2e}",
+            str(row["sender"]), words(str(row["patch"])), str(row["end"]), readable(str(row["token"])),
+            f"{row['delta']:+.2e}",
             f"{row['low']:+.1e} – {row['high']:+.1e}",
         )
         for row in tokens.to_dict("records")
     )  # fmt: skip
     caption = f"Means over positions, intervals over {tokens['n_texts'].iloc[0]} texts."
-    return Table(("patch", "end", "token", "mean Δp", "95 % interval"), rows, frozenset({3, 4}), caption)
+    header = ("vector", "patch", "end", "token", "mean Δp", "95 % interval")
+    return Table(header, rows, frozenset({4, 5}), caption)
 
 
 def _groups(groups: pd.DataFrame) -> Table:
     rows = tuple(
         (
-            words(str(row["patch"])), words(str(row["word_group"])), str(row["n_tokens"]), f"{row['base_mass']:.3f}",
-            f"{row['mass']:+.2e}", f"{row['low']:+.1e} – {row['high']:+.1e}",
+            str(row["sender"]), words(str(row["patch"])), words(str(row["word_group"])), str(row["n_tokens"]),
+            f"{row['base_mass']:.3f}", f"{row['mass']:+.2e}", f"{row['low']:+.1e} – {row['high']:+.1e}",
             *(
                 ("",) * 6 if row["p"] != row["p"]
                 else (f"{row['control']:+.1e} ({row['control_low']:+.1e} – {row['control_high']:+.1e})",
@@ -121,8 +126,8 @@ def _groups(groups: pd.DataFrame) -> Table:
         for row in groups.to_dict("records")
     )  # fmt: skip
     header = (
-        "patch", "group", "tokens", "probability without vector", "Δp per position", "95 % interval",
+        "vector", "patch", "group", "tokens", "probability without vector", "Δp per position", "95 % interval",
         "control (95 % of draws)", "its probability", "p",
         "tokens raised", "of the control's", "p",
     )  # fmt: skip
-    return Table(header, rows, frozenset(range(2, 12)))
+    return Table(header, rows, frozenset(range(3, 13)))

@@ -23,6 +23,7 @@ _LANGUAGE_INTERVALS = (
     Column("high_texts", "float", "nats", "upper end of the 95 % interval over texts"),
 )
 _PATCH = (
+    Column("sender", "str", "1", "trained, or random: a direction of equal length"),
     Column("layer", "int", "1", "0-based decoder block of the vector; the one behind it is patched"),
     Column("patch", "str", "1", "skip_attention, steer_head(3), …"),
     Column("reference", "str", "1", "what it is compared with: no_patch, or where one part sees the vector, none does"),

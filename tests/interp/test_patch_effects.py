@@ -38,7 +38,9 @@ def test_positions_the_long_way(family: str, exact: Exact, vectors: Vectors, tex
         "skip_head(1)": (p.skip("head", 1), p.no_patch(), 1),
         "steer_head(1)": (p.steer("head", 1), p.skip_attention(), -1),
     }
-    found = patch_effects(model, vector, texts, [patch for patch, _, _ in pairs.values()], draws=2).positions
+    found = patch_effects(
+        model, vector, texts, [patch for patch, _, _ in pairs.values()], draws=2, control=False
+    ).positions
     for name, (patch, reference, sign) in pairs.items():
         assert set(pick(found, patch=name)["reference"]) == {reference.name}
         for number, text in enumerate(texts):
@@ -58,7 +60,7 @@ def test_the_ends_of_the_scale(exact: Exact, vectors: Vectors, texts: list[Text]
     """Unpatched nothing happens; without the vector, what the vector does as `token_effects` has it."""
     model = exact()
     vector = vectors(model, layers=(1,))
-    found = patch_effects(model, vector, texts, [p.no_patch(), p.base()], draws=2)
+    found = patch_effects(model, vector, texts, [p.no_patch(), p.base()], draws=2, control=False)
     nothing, whole = (pick(found.positions, patch=name) for name in ("no_patch", "base"))
     for column in ("kl_nats", "raised_delta", "lowered_delta"):
         assert (nothing[column] == 0).all()
@@ -74,7 +76,7 @@ def test_cut_off_and_left_alone_read_the_same_way(exact: Exact, vectors: Vectors
     model = exact()
     vector = vectors(model, layers=(1,))
     cut, left = (
-        patch_effects(model, vector, texts, [patch], k=261, draws=2)
+        patch_effects(model, vector, texts, [patch], k=261, draws=2, control=False)
         for patch in (p.skip_neurons(0, 1), p.steer_neurons(0, 1))
     )
     assert set(left.positions["reference"]) == {"skip_mlp"}
@@ -92,7 +94,7 @@ def test_means_and_masses_are_those_of_the_whole_vocabulary(
 ) -> None:
     model = exact()
     vector = vectors(model, layers=(1,))
-    found = patch_effects(model, vector, texts, [p.skip_layer()], k=261, draws=50)
+    found = patch_effects(model, vector, texts, [p.skip_layer()], k=261, draws=50, control=False)
     before, after = (
         [probabilities(model, p.Patched(vector, patch), text) for text in texts]
         for patch in (p.no_patch(), p.skip_layer())
@@ -119,7 +121,7 @@ def test_a_planted_group_beats_its_control_and_others_do_not(exact: Exact, texts
     digits = [model.tokenizer.encode(str(digit))[0] for digit in range(10)]
     direction = model.unembedding.weight[digits].detach().sum(0).float()
     vector = SteeringVectors({Site("resid_post", model.n_layers - 2): 20 * direction / direction.norm()})
-    whole = patch_effects(model, vector, texts, [p.base()])
+    whole = patch_effects(model, vector, texts, [p.base()], control=False)
     groups = whole.groups.set_index("word_group")
     numbers, others = groups.loc["numbers"], groups.drop(["numbers", "other"])
     assert groups["mass"].idxmax() == "numbers" and numbers["mass"] > 0.05
@@ -128,7 +130,11 @@ def test_a_planted_group_beats_its_control_and_others_do_not(exact: Exact, texts
     assert (others["mass"] < numbers["control_high"]).all() and (others["p"] > 0.05).any()
     assert groups["mass"]["other"] < 0, "what they gain, the rest loses"
     assert set(pick(whole.tokens, end="raised").head(3)["token"]) <= set("0123456789")
-    down = patch_effects(model, vector * -1.0, texts, [p.base()]).groups.set_index("word_group").loc["numbers"]
+    down = (
+        patch_effects(model, vector * -1.0, texts, [p.base()], control=False)
+        .groups.set_index("word_group")
+        .loc["numbers"]
+    )
     assert down["mass"] == pytest.approx(-down["base_mass"], rel=0.1), "nothing is left of it"
 
 
@@ -154,6 +160,19 @@ def test_the_control_is_calibrated_and_matched() -> None:
     assert permutation_p(0.0, np.zeros(9)) == 1 and np.isnan(permutation_p(0.0, np.array([np.nan])))
 
 
+def test_a_random_direction_goes_the_same_way(exact: Exact, vectors: Vectors, texts: list[Text]) -> None:
+    model = exact()
+    vector, patches = vectors(model, layers=(1,)), [p.base(), p.steer("head", 0)]
+    both = patch_effects(model, vector, texts, patches, draws=9, seed=3)
+    random = vector.randomise(torch.Generator().manual_seed(3))
+    for sender, of in (("trained", vector), ("random", random)):
+        alone = patch_effects(model, of, texts, patches, draws=9, control=False, seed=3)
+        for name in ("positions", "tokens", "groups"):
+            table = getattr(both, name)
+            mine = table.loc[table["sender"] == sender].drop(columns="sender").reset_index(drop=True)
+            pd.testing.assert_frame_equal(mine, getattr(alone, name).drop(columns="sender"))
+
+
 def test_figures(exact: Exact, vectors: Vectors, texts: list[Text]) -> None:
     model = exact()
     patches = [line() for line in p.LINES]
@@ -161,14 +180,18 @@ def test_figures(exact: Exact, vectors: Vectors, texts: list[Text]) -> None:
         model, vectors(model, layers=(1,)), texts, patches, words={"<b>": ["a"], "digits": ["1"]}, draws=9
     )
     curves = plots.patch_effects(found.positions)
-    assert [trace.name.partition(" (")[0] for trace in curves.data] == [
-        patch.name.replace("_", " ") for patch in patches
-    ]
+    names = [patch.name.replace("_", " ") for patch in patches]
+    assert [trace.name.partition(" (")[0] for trace in curves.data] == names * 2
+    assert [trace.line.dash for trace in curves.data] == ["solid"] * 5 + ["dot"] * 5
     assert min(curves.data[0].x) == plots.SMALLEST and curves.layout.xaxis.type == "log"
-    assert max(curves.data[-1].x) == pytest.approx(found.positions.query("patch == 'base'")["kl_nats"].max())
+    random = found.positions.query("patch == 'base' and sender == 'random'")
+    assert max(curves.data[-1].x) == pytest.approx(random["kl_nats"].max())
     groups = plots.patch_groups(found.groups)
     titles = [note.text for note in groups.layout.annotations]
     assert titles == ["skip attention", "skip mlp", "skip layer", "base"], "no_patch moves nothing"
+    crosses = [trace for trace in groups.data if trace.legendgroup == "random"]
+    wanted = found.groups.query("patch == 'base' and sender == 'random'")["mass"].tolist()
+    assert len(crosses) == 4 and list(crosses[-1].x) == wanted
     assert groups.layout.yaxis.ticktext[0] == "&lt;b&gt; (2)"
     for plot, table in ((plots.patch_effects, found.positions), (plots.patch_groups, found.groups)):
         with pytest.raises(UsageError, match="empty"):
