@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from steerlab.interp.logit_lens import logit_lens
     from steerlab.interp.magnitudes import magnitudes
     from steerlab.interp.neutral import neutral
+    from steerlab.interp.patch_effects import patch_effects
     from steerlab.interp.patched import Patched
     from steerlab.interp.patching import patched_answers, patched_texts
     from steerlab.interp.path_patching import path_patching
@@ -97,6 +98,7 @@ _HOMES = {
     "magnitudes": "steerlab.interp.magnitudes:magnitudes",
     "make_task": "steerlab.tasks:make",
     "neutral": "steerlab.interp.neutral:neutral",
+    "patch_effects": "steerlab.interp.patch_effects:patch_effects",
     "patched_answers": "steerlab.interp.patching:patched_answers",
     "patched_texts": "steerlab.interp.patching:patched_texts",
     "path_patching": "steerlab.interp.path_patching:path_patching",
@@ -161,6 +163,7 @@ __all__ = [
     "magnitudes",
     "make_task",
     "neutral",
+    "patch_effects",
     "patched_answers",
     "patched_texts",
     "path_patching",

@@ -366,6 +366,26 @@ def test_patches_are_read_into_the_run_and_its_report(sl: Sl, steered: Path) -> 
     assert sl("patch").code == 2
 
 
+def test_token_effects_of_patches_are_read_into_the_run_and_its_report(sl: Sl, steered: Path, tmp_path: Path) -> None:
+    words = tmp_path / "words.json"
+    words.write_text('{"<i>letters</i>": ["a", "b", "c"]}')
+    short = ("--layer", "1", "--problems", "3", "--draws", "20", "--k", "2")
+    said = sl("patch-effects", steered, *short, "--patches", "skip_mlp", "steer_head(0)", "--words", words)
+    assert said.code == 0 and "steer head(0)" in said.out and "<i>letters</i>" in said.out
+    run = Run.open(steered)
+    assert set(run.table("patch_effects")["reference"]) == {"no_patch", "skip_attention"}
+    assert set(run.table("patch_groups")["word_group"]) == {"<i>letters</i>", "other"}
+    assert len(run.table("patch_tokens")) == 2 * 2 * 2 * 2 and {"patch_effects", "patch_groups"} <= set(run.figures())
+    page = (steered / "report.html").read_text()
+    assert "<h2>Token effects of patches" in page and "--much:1.000" in page and "<i>letters" not in page
+    assert "Of 2 pairs of a patch and a group of words" in page and "(of a random direction" in page
+    assert sl("patch-effects", steered, *short).code == 0
+    assert set(run.table("patch_effects")["patch"]) == {"skip_attention", "skip_mlp", "skip_layer"}
+    refused(sl("patch-effects", steered, *short, "--patches", "skip_hed(0)"), "did you mean skip_head(0)")
+    refused(sl("patch-effects", steered, "--problems", "2"), "select one layer")
+    refused(sl("patch-effects", steered, *short, "--words", "missing.json"), "cannot be read as JSON")
+
+
 def test_attention_and_attribution_are_read_into_the_run_and_its_report(sl: Sl, steered: Path) -> None:
     said = sl("attention", steered, "--problems", "2", "--layers", "1")
     assert said.code == 0 and "total variation" in said.out and "patterns held at the base's" in said.out

@@ -41,7 +41,7 @@ def activation_patching(
     out: Folder = "",
     allow_other_weights: OtherWeights = False,
 ) -> int:
-    """Put one head, attention or MLP of the steered run into the base run: how much of the effect comes back.
+    """Put one head or MLP of the steered run into the base run: how much of the effect comes back.
 
     Each answer is cut where the vectors move its next token most; see `steerlab.interp.decisions`.
     """
@@ -73,7 +73,7 @@ def path_patching(
     out: Folder = "",
     allow_other_weights: OtherWeights = False,
 ) -> int:
-    """Show which heads and MLPs hear what one sender says, and what that does to the vectors' decisions.
+    """Show which heads and MLPs hear what one sender says, and what that does to the next token.
 
     The vector as a sender is one layer's: name it with --layers where the run has several.
     """
@@ -103,7 +103,7 @@ def edges(
     out: Folder = "",
     allow_other_weights: OtherWeights = False,
 ) -> int:
-    """Estimate all paths between vectors, heads, MLPs and logits at once; draw the strongest, check some exactly.
+    """Estimate all paths from vectors to logits at once; draw the strongest, check some exactly.
 
     The graph is also written as JSON that circuit-tracer's viewer reads.
     """

@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from steerlab.command_line.show import grid
-from steerlab.plots.house import words
+from steerlab.plots.house import readable, words
 
 
 def patching(console: Console, table: pd.DataFrame) -> None:
@@ -25,6 +26,42 @@ def patching(console: Console, table: pd.DataFrame) -> None:
         return f"{row['value']:.3f} ({row['low']:.3f}–{row['high']:.3f}){kept}"
 
     grid(console, turned, "row", title, told)
+
+
+def patch_effects(console: Console, positions: pd.DataFrame, tokens: pd.DataFrame, groups: pd.DataFrame) -> None:
+    """Per patch the KL and the token that the part raises most; then what goes to groups of words."""
+    random = {
+        str(name): part["kl_nats"].to_numpy().mean() for name, part in _sent(positions, "random").groupby("patch")
+    }
+    positions, tokens, groups = (_sent(table, "trained") for table in (positions, tokens, groups))
+    most = tokens.loc[(tokens["end"] == "raised") & (tokens["rank"] == 0)].set_index("patch")
+    shown = Table(box=None, pad_edge=False, title="what the part does with the vector, token by token")
+    for name in ("patch", "mean KL (nats)", "random", "largest", "raises most", "mean Δp"):
+        shown.add_column(name, justify="left" if name in ("patch", "raises most") else "right", no_wrap=True)
+    for patch, part in positions.groupby("patch", sort=False):
+        kl, row = part["kl_nats"].to_numpy(), most.loc[str(patch)]
+        token = Text(readable(str(row["token"])))
+        control = f"{random[str(patch)]:.3g}" if random else ""
+        shown.add_row(words(str(patch)), f"{kl.mean():.3g}", control, f"{kl.max():.3g}", token, f"{row['delta']:+.2g}")
+    console.print(shown)
+
+    title = "Δp of groups of words per position, and how many of their tokens rise, beside tokens about as likely"
+    by_group = Table(box=None, pad_edge=False, title=title)
+    for name in ("patch", "group", "Δp", "p", "rise", "those beside", "p"):
+        by_group.add_column(name, justify="left" if name in ("patch", "group") else "right", no_wrap=True)
+    before = ""
+    for row in groups.to_dict("records"):
+        patch = words(str(row["patch"]))
+        beside = (f"{row['p']:.3f}", f"{row['control_raised_share']:.0%}", f"{row['raised_p']:.3f}")
+        p, others, raised_p = ("", "", "") if row["p"] != row["p"] else beside
+        cells = (Text(words(str(row["word_group"]))), f"{row['mass']:+.2g}", p, f"{row['raised_share']:.0%}", others)
+        by_group.add_row(patch if patch != before else "", *cells, raised_p)
+        before = patch
+    console.print(by_group)
+
+
+def _sent(table: pd.DataFrame, sender: str) -> pd.DataFrame:
+    return table.loc[table["sender"] == sender]
 
 
 def attention(console: Console, table: pd.DataFrame, frozen: pd.DataFrame, n: int = 10) -> None:

@@ -47,6 +47,7 @@ from steerlab.readings.paths import activation_patching as activation_patching
 from steerlab.readings.paths import attention as attention
 from steerlab.readings.paths import attribution as attribution
 from steerlab.readings.paths import edges as edges
+from steerlab.readings.paths import patch_effects as patch_effects
 from steerlab.readings.paths import patching as patching
 from steerlab.readings.paths import path_patching as path_patching
 from steerlab.readings.reading import Reading

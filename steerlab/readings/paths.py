@@ -14,12 +14,16 @@ from steerlab.interp import path_patching as paths
 from steerlab.interp.agreement import agreement, drawn, exact_edges
 from steerlab.interp.decisions import Decisions
 from steerlab.interp.edge_attribution import edge_attribution
+from steerlab.interp.patch_effects import patch_effects as read_patch_effects
+from steerlab.interp.patched import Patch
 from steerlab.interp.path_graph import path_graph
 from steerlab.interp.texts import Text
+from steerlab.interp.words import Words
 from steerlab.models import LanguageModel
 from steerlab.plots import activation_patching as plot_places
 from steerlab.plots import attention as plot_attention
 from steerlab.plots import attribution as plot_attribution
+from steerlab.plots import patch_effects as plot_patch_effects
 from steerlab.plots import patching as plot_patching
 from steerlab.plots import path_graph as plot_graph
 from steerlab.plots import path_patching as plot_paths
@@ -37,6 +41,28 @@ def patching(table: pd.DataFrame) -> Reading:
         if table.loc[table["sender"] == sender, "kept"].notna().any():
             figures[f"{mine}_kept"] = plot_patching.patching(table, sender, "kept")
     return Reading({name: table}, figures)
+
+
+def patch_effects(
+    model: LanguageModel,
+    vectors: SteeringVectors,
+    texts: Sequence[Text],
+    patches: Sequence[Patch],
+    *,
+    words: Words | None = None,
+    k: int = 10,
+    draws: int = 1_000,
+    seed: int = 0,
+) -> Reading:
+    """Which tokens, and which groups of words, the part that each patch is about raises and lowers, and where."""
+    found = read_patch_effects(model, vectors, texts, patches, words=words, k=k, draws=draws, seed=seed)
+    return Reading(
+        {"patch_effects": found.positions, "patch_tokens": found.tokens, "patch_groups": found.groups},
+        {
+            "patch_effects": plot_patch_effects.patch_effects(found.positions),
+            "patch_groups": plot_patch_effects.patch_groups(found.groups),
+        },
+    )
 
 
 def attention(model: LanguageModel, vectors: SteeringVectors, texts: Sequence[Text], *, seed: int = 0) -> Reading:
