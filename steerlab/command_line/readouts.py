@@ -242,7 +242,7 @@ def geometry(
     out: Folder = "",
     allow_other_weights: OtherWeights = False,
 ) -> int:
-    """Show lengths, angles and dose of a run's vectors; of several runs, do they agree?
+    """Show lengths, angles and dose of a run's vectors, and whether several runs point the same way.
 
     The dose is a vector's length over that of the stream on texts. Several runs' cosines go to the first's folder.
     """

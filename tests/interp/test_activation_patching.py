@@ -109,6 +109,14 @@ def test_figure(exact: Exact) -> None:
     assert by_head.data[0].z.shape == (4, model.n_heads)
     by_position = plot(activation_patching(model, pair, blocks(model, 6), METRIC))
     assert [trace.z.shape for trace in by_position.data] == [(4, 6)] * 3
+    whole = activation_patching(
+        model, pair, [Place(kind, n) for kind in ("attn_out", "mlp_out") for n in range(4)], METRIC
+    )
+    lines = plot(whole)
+    assert [len(trace.x) for trace in lines.data] == [4, 4]
+    known = whole["recovered"].notna().all()
+    shown = whole["recovered"] if known else whole["value"] - whole["corrupted"]
+    assert np.allclose(np.concatenate([trace.y for trace in lines.data]), shown)
     with pytest.raises(UsageError, match="select one position"):
         plot(activation_patching(model, pair, head_positions(model, 2), METRIC))
 
