@@ -2,8 +2,10 @@
 
 Attribution patching (Nanda 2023) and edge attribution (Syed et al. 2023) are used in place of exact patching because
 they are cheap; integrated gradients (Hanna et al. 2024) are said to repair them. Here: the bank's vectors of two
-layers, three seeds, `texts` answers each, cut where the vector moves the next token most (`interp/decisions.py`); every head of
-every layer patched exactly, and `edges` edges by path patching, half of them the largest, half drawn from the rest.
+layers, three seeds, `texts` answers each, cut where the vector moves the next token most (`interp/decisions.py`);
+every head of every layer patched exactly, and `edges` edges by path patching, half of them the largest, half drawn
+from the rest.
+
 An estimate is good enough to rank by if the interval of its rank correlation over what was patched lies above 0.9 for
 every seed, refuted if it lies below in any; its `error` is told beside it. Control: the estimate of another seed's
 vector (same layer) must agree less, or what is ranked is the model and not the vector.
