@@ -42,23 +42,13 @@ def decisions_table(table: pd.DataFrame) -> Table:
 
 def activation_patching_section(table: pd.DataFrame, decided: Table | None) -> Section:
     """Which single places bring the decision back."""
-    told = "; ".join(
-        f"{name}: {_place(_first(part))} {_recovered(_first(part))}"
-        for name, part in (
-            ("of heads", table.loc[table["head"] >= 0]),
-            ("of whole sites", table.loc[table["head"] < 0]),
-        )
-        if len(part)
-    )
+    parts = {"heads": table.loc[table["head"] >= 0], "whole sites": table.loc[table["head"] < 0]}
+    told = "; ".join(f"of {name} {_ends(part)}" for name, part in parts.items() if len(part))
     text = (
-        f"{_question(table.iloc[0])} With one place of the steered run put into the base run, most comes back through, "
-        f"{told} (share of the whole change, 95 % over texts)."
+        f"{_question(table.iloc[0])} One place of the steered run at a time is put into the base run: {told} (share of "
+        "the whole change, 95 % over texts)."
     )
-    figures = [
-        place_plots.activation_patching(part)
-        for part in (table.loc[table["head"] >= 0], table.loc[table["head"] < 0])
-        if len(part)
-    ]
+    figures = [place_plots.activation_patching(part) for part in parts.values() if len(part)]
     return Section("Activation patching", text, figures=tuple(figures), folded=_folded(decided))
 
 
@@ -110,6 +100,14 @@ def _question(row: pd.Series) -> str:
 
 def _gradients(steps: int) -> str:
     return f"integrated gradients of {steps} steps" if steps else "gradients of the base run"
+
+
+def _ends(table: pd.DataFrame) -> str:
+    """What brings back most, and what works against it most."""
+    moved = (table["value"] - table["corrupted"]).to_numpy()
+    most, least = table.iloc[int(moved.argmax())].to_dict(), table.iloc[int(moved.argmin())].to_dict()
+    told = f"{_place(most)} brings back most, {_recovered(most)}"
+    return told + (f", {_place(least)} works against it most, {_recovered(least)}" if moved.min() < 0 else "")
 
 
 def _first(table: pd.DataFrame) -> dict[Hashable, Any]:
