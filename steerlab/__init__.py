@@ -14,20 +14,24 @@ if TYPE_CHECKING:
     from steerlab.errors import RunFailed, UsageError
     from steerlab.execute import execute as train
     from steerlab.execute import resume
-    from steerlab.interp.activation_patching import Pair, activation_patching, attribution_patching
+    from steerlab.interp.activation_patching import Pair, activation_patching
     from steerlab.interp.adaptive import adaptive
     from steerlab.interp.at_equal_kl import at_equal_kl, scale_at_kl
     from steerlab.interp.attention import attention, frozen_attention
     from steerlab.interp.attribution import attribution
+    from steerlab.interp.attribution_patching import attribution_patching
     from steerlab.interp.composition import composition
     from steerlab.interp.contrast import Contrast
+    from steerlab.interp.decisions import decisions
     from steerlab.interp.directions import at_norms_of, directions
+    from steerlab.interp.edge_attribution import edge_attribution
     from steerlab.interp.geometry import cosines_between, relative_dose
     from steerlab.interp.gradient_energy import gradient_energy
     from steerlab.interp.languages import languages
     from steerlab.interp.logit_lens import logit_lens
     from steerlab.interp.magnitudes import magnitudes
     from steerlab.interp.neutral import neutral
+    from steerlab.interp.patch_effects import patch_effects
     from steerlab.interp.patched import Patched
     from steerlab.interp.patching import patched_answers, patched_texts
     from steerlab.interp.path_patching import path_patching
@@ -85,10 +89,12 @@ _HOMES = {
     "at_norms_of": "steerlab.interp.directions:at_norms_of",
     "attention": "steerlab.interp.attention:attention",
     "attribution": "steerlab.interp.attribution:attribution",
-    "attribution_patching": "steerlab.interp.activation_patching:attribution_patching",
+    "attribution_patching": "steerlab.interp.attribution_patching:attribution_patching",
     "composition": "steerlab.interp.composition:composition",
     "cosines_between": "steerlab.interp.geometry:cosines_between",
+    "decisions": "steerlab.interp.decisions:decisions",
     "directions": "steerlab.interp.directions:directions",
+    "edge_attribution": "steerlab.interp.edge_attribution:edge_attribution",
     "evaluate": "steerlab.rollouts:evaluate",
     "fit_map": "steerlab.interp.residual_maps:fit_map",
     "frozen_attention": "steerlab.interp.attention:frozen_attention",
@@ -101,6 +107,7 @@ _HOMES = {
     "magnitudes": "steerlab.interp.magnitudes:magnitudes",
     "make_task": "steerlab.tasks:make",
     "neutral": "steerlab.interp.neutral:neutral",
+    "patch_effects": "steerlab.interp.patch_effects:patch_effects",
     "patched_answers": "steerlab.interp.patching:patched_answers",
     "patched_texts": "steerlab.interp.patching:patched_texts",
     "path_patching": "steerlab.interp.path_patching:path_patching",
@@ -157,7 +164,9 @@ __all__ = [
     "attribution_patching",
     "composition",
     "cosines_between",
+    "decisions",
     "directions",
+    "edge_attribution",
     "evaluate",
     "fit_map",
     "frozen_attention",
@@ -170,6 +179,7 @@ __all__ = [
     "magnitudes",
     "make_task",
     "neutral",
+    "patch_effects",
     "patched_answers",
     "patched_texts",
     "path_patching",

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
-from steerlab.command_line import comparisons, patching, readouts, together
+from steerlab.command_line import circuits, comparisons, patching, readouts, together
 from steerlab.command_line.arguments import (
     RUN_OR_NOTHING,
     ModelOf,
@@ -144,7 +144,7 @@ def resume(
     shard: Annotated[bool, say("shard")] = False,
     ray: Annotated[str, say("ray")] = "",
 ) -> int:
-    """Go on with a run or sweep that was stopped, in its own dtype and threads; a finished one is only shown."""
+    """Go on with a stopped run or sweep, in its own dtype and threads; a finished one is shown."""
     from steerlab.command_line import order
 
     return carry_out(folder, lambda progress: order.resume(folder, shard, ray or None, progress))
@@ -200,7 +200,7 @@ def evaluate(
     out: Annotated[str, tyro.conf.arg(help="Folder for the tables; default: the run's own.")] = "",
     allow_other_weights: OtherWeights = False,
 ) -> int:
-    """Score a run, a file of vectors or a base model on a task, beside the greedy and few-shot baselines.
+    """Score a run, vectors or a base model on a task, beside the greedy and few-shot baselines.
 
     The tables go to the run's folder as scores@TASK and completions@TASK, or to --out.
     """
@@ -311,7 +311,7 @@ def tasks(
     task_option: TaskOptions = (),
     gym: Annotated[bool, tyro.conf.arg(help="Also list the data sets of reasoning-gym.")] = False,
 ) -> int:
-    """List the tasks, or check that a task's gold answers score full marks (exit code 1 if some do not)."""
+    """List the tasks, or check that a task's gold answers score full marks (exit code 1 if not)."""
     from steerlab.tasks import TASKS, make
     from steerlab.tasks.benchmarks import BENCHMARKS
     from steerlab.tasks.gym import names
@@ -350,6 +350,10 @@ COMMANDS: Mapping[str, Callable[..., int]] = {
     "languages": readouts.languages,
     "geometry": readouts.geometry,
     "patch": patching.patch,
+    "patch-effects": patching.patch_effects,
+    "activation-patching": circuits.activation_patching,
+    "path-patching": circuits.path_patching,
+    "edges": circuits.edges,
     "attention": patching.attention,
     "attribution": patching.attribution,
     "sae": sae,

@@ -366,6 +366,26 @@ def test_patches_are_read_into_the_run_and_its_report(sl: Sl, steered: Path) -> 
     assert sl("patch").code == 2
 
 
+def test_token_effects_of_patches_are_read_into_the_run_and_its_report(sl: Sl, steered: Path, tmp_path: Path) -> None:
+    words = tmp_path / "words.json"
+    words.write_text('{"<i>letters</i>": ["a", "b", "c"]}')
+    short = ("--layer", "1", "--problems", "3", "--draws", "20", "--k", "2")
+    said = sl("patch-effects", steered, *short, "--patches", "skip_mlp", "steer_head(0)", "--words", words)
+    assert said.code == 0 and "steer head(0)" in said.out and "<i>letters</i>" in said.out
+    run = Run.open(steered)
+    assert set(run.table("patch_effects")["reference"]) == {"no_patch", "skip_attention"}
+    assert set(run.table("patch_groups")["word_group"]) == {"<i>letters</i>", "other"}
+    assert len(run.table("patch_tokens")) == 2 * 2 * 2 * 2 and {"patch_effects", "patch_groups"} <= set(run.figures())
+    page = (steered / "report.html").read_text()
+    assert "<h2>Token effects of patches" in page and "--much:1.000" in page and "<i>letters" not in page
+    assert "Of 2 pairs of a patch and a group of words" in page and "(of a random direction" in page
+    assert sl("patch-effects", steered, *short).code == 0
+    assert set(run.table("patch_effects")["patch"]) == {"skip_attention", "skip_mlp", "skip_layer"}
+    refused(sl("patch-effects", steered, *short, "--patches", "skip_hed(0)"), "did you mean skip_head(0)")
+    refused(sl("patch-effects", steered, "--problems", "2"), "select one layer")
+    refused(sl("patch-effects", steered, *short, "--words", "missing.json"), "cannot be read as JSON")
+
+
 def test_attention_and_attribution_are_read_into_the_run_and_its_report(sl: Sl, steered: Path) -> None:
     said = sl("attention", steered, "--problems", "2", "--layers", "1")
     assert said.code == 0 and "total variation" in said.out and "patterns held at the base's" in said.out
@@ -376,6 +396,36 @@ def test_attention_and_attribution_are_read_into_the_run_and_its_report(sl: Sl, 
     assert {"attention", "attribution", "attribution_heads"} <= set(run.figures())
     page = (steered / "report.html").read_text()
     assert "Direct logit attribution" in page and "<h2>Attention" in page
+
+
+def test_circuits_are_read_into_the_run_and_its_report(sl: Sl, steered: Path) -> None:
+    one = ("--problems", "2", "--layers", "1")
+    said = sl("activation-patching", steered, *one, "--kinds", "z", "mlp_out")
+    assert said.code == 0 and "put into the base run" in said.out
+    said = sl("path-patching", steered, *one)
+    assert said.code == 0 and "what vector says" in said.out and "do not add up" in said.out
+    said = sl("path-patching", steered, *one, "--sender", "head.2.0", "--through", "mlps")
+    assert said.code == 0 and "what head says" in said.out
+    said = sl("edges", steered, *one, "--steps", "2", "--check", "6")
+    assert said.code == 0 and "strongest links" in said.out and "exactly patched edges" in said.out
+    run = Run.open(steered)
+    assert {"activation_patching", "path_patching", "edges", "path_links", "agreement", "decisions"} <= set(
+        run.tables()
+    )
+    assert {"activation_patching_heads", "activation_patching_blocks", "path_patching", "path_graph"} <= set(
+        run.figures()
+    )
+    assert {"nodes", "links", "metadata"} <= json.loads((steered / "graphs" / "paths.json").read_text()).keys()
+    page = (steered / "report.html").read_text()
+    assert all(f"<h2>{title}" in page for title in ("Activation patching", "Path patching", "Paths to the logits"))
+    for words, says in (
+        (("path-patching", steered, *one, "--sender", "head.2"), "is not a sender"),
+        (("path-patching", steered, "--problems", "2"), "add --layers LAYER"),
+        (("activation-patching", steered, *one, "--kinds", "nonsense"), "unknown site"),
+        (("edges", steered, *one, "--links", "0"), "n_links of at least 1"),
+    ):
+        refused = sl(*words)
+        assert refused.code == 2 and says in refused.err
 
 
 def test_side_effects_are_read_into_the_run_and_its_report(

@@ -6,6 +6,7 @@ import html
 import importlib.util
 import re
 import shutil
+from html.parser import HTMLParser
 
 import numpy as np
 import pandas as pd
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from steerlab import report
+from steerlab.errors import UsageError
 from steerlab.interp import geometry
 from steerlab.interp.logit_lens import logit_lens
 from steerlab.models.sites import Site
@@ -128,6 +130,54 @@ def test_headline_is_the_paired_gain_and_says_when_there_is_none():
     assert "lowered" in headline(summarise(worse, model="m", temperature=1.0), worse)
     better = scores[scores["condition"] == "base"].assign(condition="few_shot", value=0.99)
     assert "not above the best other condition, few shot" in headline(pd.concat([scores, better]), table)
+
+
+class Parsed(HTMLParser):
+    """Names of all tags and attributes of a page, as a browser would read them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+
+
+def test_coloured_tokens_are_data():
+    tokens = [*HOSTILE, "\n", "\r\n", " next\t", "x" * 10_000, "\u202e{{ 7 * 7 }}", "\ud800", ""]
+    values = [0.0, 0.5, 1.0, 2.0, -1.0, float("nan"), *([0.25] * 6)]
+    made = report.coloured(HOSTILE[1], tokens, values, [f'" onmouseover="hacked {token}' for token in tokens], top=1.0)
+    assert [colour for _, colour, _ in made.tokens] == [0, 0.5, 1, 1, -1, 0, *([0.25] * 6)]
+    assert made.legend == ("−1", "1")
+    bare = Report("tokens")
+    bare.add(Section("Coloured", passages=(made,)))
+    page = bare.html()
+    page.encode("utf-8")
+    body = page[page.index("<main>") :]
+    spans = re.findall(r'<bdi(?: class="below")? style="--much:(\d\.\d{3})" title="([^"<>]*)">([^<>]*)</bdi>', body)
+    assert len(spans) == len(tokens) and [float(much) for much, _, _ in spans[:5]] == [0, 0.5, 1, 1, 1]
+    parsed = Parsed()
+    parsed.feed(body)
+    assert {"script", "img", "a"}.isdisjoint(parsed.tags) and parsed.attributes <= {
+        "class",
+        "id",
+        "style",
+        "title",
+        "dir",
+    }
+    assert body.count('class="below"') == 1 and body.count("scale both") == 1
+    assert not set("\x00\u202e\u202c\u200f\u2028\ud800") & set(body) and "⟨U+202E⟩{{ 7 * 7 }}" in body
+    shown = [html.unescape(text) for _, _, text in spans]
+    assert shown[0].startswith("</script><script>") and shown[5:8] == ["⏎\n", "⏎\n", " next⇥\t"]
+    assert shown[8] == "x" * 47 + "…" and shown[9] == "⟨U+202E⟩{{ 7 * 7 }}" and shown[11] == ""
+    up = report.coloured("up", ["a"], [0.3], ["b"], top=0.2, unit="nats")
+    assert up.legend == ("0", "0.2 nats") and up.tokens == (("a", 1.0, "b"),)
+    with pytest.raises(UsageError, match="2 tokens"):
+        report.coloured("", ["a", "b"], [1.0], ["c"], top=1.0)
+    with pytest.raises(UsageError, match="no colours"):
+        report.coloured("", ["a"], [1.0], ["c"], top=0.0)
 
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -88,6 +88,46 @@ def patch(
     return keep(readings.patching(table), folder)
 
 
+def patch_effects(
+    run: RunOrVectors,
+    patches: Annotated[
+        tuple[str, ...], tyro.conf.arg(help="E.g. skip_mlp, 'skip_head(3)', 'steer_v(0)'.", metavar="PATCH [PATCH …]")
+    ] = ("skip_attention", "skip_mlp", "skip_layer"),
+    layer: Annotated[
+        int | None, tyro.conf.arg(help="The vector that is followed, by its block; default: the only one there is.")
+    ] = None,
+    groups: Annotated[int, tyro.conf.arg(help="Of neurons, for 'skip_neurons(0)' and its like.")] = 8,
+    words: Annotated[
+        str, tyro.conf.arg(help="Your own groups: a JSON file of lists of words by name.", metavar="FILE")
+    ] = "",
+    k: Annotated[int, tyro.conf.arg(help="Tokens at either end.")] = 10,
+    draws: Annotated[int, tyro.conf.arg(help="Shuffles of the groups, the control.")] = 1_000,
+    task: TaskOf = "",
+    problems: Problems = 32,
+    seed: Seed = 0,
+    model: ModelOf = "",
+    dtype: Exactly = "fp32",
+    out: Folder = "",
+    allow_other_weights: OtherWeights = False,
+) -> int:
+    """Show which tokens and groups of words the parts of the block behind a vector raise, and where."""
+    from steerlab import readings
+    from steerlab.command_line import show_paths
+    from steerlab.command_line.subjects import subject, texts_about
+    from steerlab.interp.patched import named
+    from steerlab.interp.words import read_words
+
+    chosen = [named(name, groups=groups) for name in patches]
+    own = read_words(words) if words else None
+    about = subject(run, model, dtype, allow_other_weights)
+    folder = place(about, out)
+    vectors = about.of_layers(None if layer is None else [layer])
+    texts = texts_about(about, (), task, problems, seed)
+    found = readings.patch_effects(about.model, vectors, texts, chosen, words=own, k=k, draws=draws, seed=seed)
+    show_paths.patch_effects(console(), *found.tables.values())
+    return keep(found, folder)
+
+
 def attention(
     run: RunOrVectors,
     layers: Layers = None,

@@ -213,7 +213,7 @@ def languages(
     out: Folder = "",
     allow_other_weights: OtherWeights = False,
 ) -> int:
-    """Show what each layer's vector does to tokens of other languages and scripts, beside random directions."""
+    """Show what each layer's vector does to other languages and scripts, beside random directions."""
     from steerlab import readings
     from steerlab.command_line import show
     from steerlab.command_line.subjects import subject, texts_about
@@ -242,7 +242,7 @@ def geometry(
     out: Folder = "",
     allow_other_weights: OtherWeights = False,
 ) -> int:
-    """Show lengths, angles and dose of a run's vectors; of several runs, whether they point the same way.
+    """Show lengths, angles and dose of a run's vectors, and whether several runs point the same way.
 
     The dose is a vector's length over that of the stream on texts. Several runs' cosines go to the first's folder.
     """

@@ -2,14 +2,14 @@
 
 One generic sweep (`activation_patching`): an index of places → an intervention at each → a metric of the last logits;
 `heads`, `blocks` and `head_positions` are indices. The two runs are over token sequences of equal length, each under an
-adapter or none: two prompts, or the same tokens with and without steering vectors. `recovered` is 0 as the corrupted
-run and 1 as the clean one (Meng et al. 2022; Wang et al. 2022).
+adapter or none: two prompts, or the same tokens with and without steering vectors (`interp/decisions.py` finds where
+those decide). `recovered` is 0 as the corrupted run and 1 as the clean one (Meng et al. 2022; Wang et al. 2022).
 
 A pass begins at the block that is patched, from what the corrupted run wrote there, and applies the head to the last
 token only. Leading tokens on which the runs agree are computed once: their keys and values are kept.
 
-`attribution_patching` is its first-order estimate of all places from one backward pass (Nanda 2023), to be compared
-with the exact numbers. Left out: resampling and mean ablation, more than one place at a time.
+`interp/attribution_patching.py` estimates all places at once. Left out: resampling and mean ablation, more than one
+place at a time.
 """
 
 from __future__ import annotations
@@ -39,14 +39,18 @@ Metric = Callable[[Float[Tensor, "batch d_vocab"]], Float[Tensor, " batch"]]
 
 @dataclass(frozen=True)
 class Pair:
-    """A clean and a corrupted run over tokens of one shape, each under an adapter or none. prompt_length: of all
-    sequences, for vectors that act on part of the tokens; None: all are prompt."""
+    """A clean and a corrupted run over tokens of one shape, each under an adapter or none.
+
+    prompt_length: of all sequences or of each, for vectors that act on part of the tokens; None: all are prompt.
+    last: of each sequence the position whose logits are looked at, all behind it being padding; None: the last one.
+    """
 
     clean: Int[Tensor, "batch pos"]
     corrupted: Int[Tensor, "_ _"]  # of the same shape
     clean_adapter: Adapter | None = None
     corrupted_adapter: Adapter | None = None
-    prompt_length: int | None = None
+    prompt_length: int | Int[Tensor, " batch"] | None = None
+    last: Int[Tensor, " batch"] | None = None
 
     def __post_init__(self) -> None:
         if self.clean.shape != self.corrupted.shape:
@@ -61,7 +65,19 @@ class Pair:
         if self.clean_adapter is not self.corrupted_adapter:
             return 0
         same = (self.clean == self.corrupted).all(0).long().cumprod(0)
-        return min(int(same.sum()), self.clean.shape[1] - 1)
+        return min(int(same.sum()), int(self.end.min()))
+
+    @property
+    def end(self) -> Int[Tensor, " batch"]:
+        """Of each sequence the position whose logits are looked at."""
+        return torch.full_like(self.clean[:, 0], self.clean.shape[1] - 1) if self.last is None else self.last
+
+    def layout(self, tokens: Int[Tensor, "batch pos"], start: int = 0, stop: int | None = None) -> Layout:
+        """Where the tokens from `start` to `stop` stand."""
+        whole = Layout.of_texts(tokens, tokens.shape[1])
+        lengths = whole.prompt_length if self.prompt_length is None else self.prompt_length + 0 * whole.prompt_length
+        part = slice(start, stop)
+        return replace(whole, prompt_length=lengths, sequence=whole.sequence[:, part], position=whole.position[:, part])
 
 
 @dataclass(frozen=True)
@@ -108,39 +124,15 @@ def activation_patching(model: LanguageModel, pair: Pair, places: Sequence[Place
     its interval. Raises UsageError for no place, or one that the model or the tokens do not have."""
     check_places(model, pair, places)
     work = Work(model, pair)
-    clean_end, clean = work.run(pair.clean, pair.clean_adapter, {Site(place.kind, place.layer) for place in places})
-    corrupted_end = work.begin()
-    found = [metric(work.patched(place, clean[Site(place.kind, place.layer)])) for place in places]
-    return _table(places, found, metric(clean_end), metric(corrupted_end))
-
-
-def attribution_patching(model: LanguageModel, pair: Pair, places: Sequence[Place], metric: Metric) -> pd.DataFrame:
-    """The same table, each value estimated to first order: corrupted + (clean − corrupted) · ∂metric/∂value."""
-    check_places(model, pair, places)
-    work, sites = Work(model, pair), sorted({Site(place.kind, place.layer) for place in places})
-    with torch.no_grad():
-        clean_end, clean = work.run(pair.clean, pair.clean_adapter, sites)
-    added: dict[Site, Tensor] = {}
-    values: dict[Site, Tensor] = {}
-
-    def watching(site: Site) -> Callable[[Tensor], Tensor]:
-        def edit(x: Tensor) -> Tensor:
-            values[site] = x.detach()
-            added[site] = torch.zeros_like(x).requires_grad_()
-            return x + added[site]
-
-        return edit
-
-    with torch.enable_grad(), model.intervene({site: watching(site) for site in sites}):
-        end, _ = work.run(pair.corrupted, pair.corrupted_adapter, ())
-        at_end = metric(end)
-        slopes = dict(zip(sites, torch.autograd.grad(at_end.sum(), [added[site] for site in sites]), strict=True))
+    sites = {Site(place.kind, place.layer) for place in places}
+    clean_end, clean = work.run(pair.clean, pair.clean_adapter, sites)
+    corrupted_end, corrupted = work.begin(sites)
     found = []
     for place in places:
-        site = Site(place.kind, place.layer)
-        parts = (slopes[site] * (clean[site] - values[site]))[:, work.position(place), work.part(place)]
-        found.append(at_end.detach() + parts.flatten(1).sum(1))
-    return _table(places, found, metric(clean_end), at_end.detach())
+        site, at = Site(place.kind, place.layer), (slice(None), work.position(place), work.part(place))
+        same = torch.equal(clean[site][at], corrupted[site][at])  # below a vector, say
+        found.append(metric(corrupted_end if same else work.patched(place, clean[site])))
+    return table_of(places, found, metric(clean_end), metric(corrupted_end))
 
 
 def check_places(model: LanguageModel, pair: Pair, places: Sequence[Place]) -> None:
@@ -169,39 +161,42 @@ class Work:
             self.kv = DynamicCache()
             with torch.no_grad(), in_use(pair.corrupted_adapter, model) as attached:
                 if attached is not None:
-                    attached.place(None, self._layout(pair.corrupted, slice(0, self.start)))
+                    attached.place(None, pair.layout(pair.corrupted, 0, self.start))
                 model.hidden(pair.corrupted[:, : self.start], kv=self.kv)
 
-    def _layout(self, tokens: Tensor, part: slice) -> Layout:
-        whole = Layout.of_texts(tokens, self.pair.prompt_length or tokens.shape[1])
-        return replace(whole, sequence=whole.sequence[:, part], position=whole.position[:, part])
+    def said(self, hidden: Float[Tensor, "batch rest d_model"]) -> Float[Tensor, "batch d_vocab"]:
+        """The logits that are looked at."""
+        at = (self.pair.end - self.start)[:, None, None].expand(-1, 1, hidden.shape[-1])
+        return self.model.unembed(hidden.gather(1, at)[:, 0])
 
     @contextmanager
     def _under(self, tokens: Tensor, adapter: Adapter | None) -> Iterator[None]:
         """The adapter in use on the tokens behind the common ones; the common ones' keys alone are left afterwards."""
         with in_use(adapter, self.model) as attached:
             if attached is not None:
-                attached.place(None, self._layout(tokens, slice(self.start, None)))
+                attached.place(None, self.pair.layout(tokens, self.start))
             yield
         layers: list[Any] = [] if self.kv is None else self.kv.layers
         for layer in layers:  # those below where a pass began have grown by nothing
             layer.keys, layer.values = layer.keys[:, :, : self.start], layer.values[:, :, : self.start]
 
     def run(
-        self, tokens: Tensor, adapter: Adapter | None, sites: Iterable[Site]
+        self, tokens: Tensor, adapter: Adapter | None, sites: Iterable[Site], notes: Iterable[tuple[Site, Keep]] = ()
     ) -> tuple[Float[Tensor, "batch d_vocab"], dict[Site, Float[Tensor, "batch rest width"]]]:
-        """The last logits of one whole run, and what stands at `sites`."""
+        """The last logits of one whole run, and what stands at `sites`; notes read before any edit."""
         values: dict[Site, Tensor] = {}
         reads = [(site, lambda x, s=site: values.__setitem__(s, x)) for site in sites]
-        with self._under(tokens, adapter), self.model.doors.open((), reads):
+        with self._under(tokens, adapter), self.model.doors.open((), reads, notes):
             hidden = self.model.hidden(tokens[:, self.start :], positions=self.positions, kv=self.kv)
-        return self.model.unembed(hidden[:, -1]), values
+        return self.said(hidden), values
 
-    def begin(self) -> Float[Tensor, "batch d_vocab"]:
-        """The corrupted run: its last logits; what its blocks wrote is kept."""
+    def begin(
+        self, sites: Iterable[Site] = ()
+    ) -> tuple[Float[Tensor, "batch d_vocab"], dict[Site, Float[Tensor, "batch rest width"]]]:
+        """`run` of the corrupted tokens; what their blocks wrote is kept."""
         keep = {block: self._keep(block) for block in range(1, self.model.n_layers)}
         with hooks.written(self.model, keep):
-            return self.run(self.pair.corrupted, self.pair.corrupted_adapter, ())[0]
+            return self.run(self.pair.corrupted, self.pair.corrupted_adapter, sites)
 
     def _keep(self, block: int) -> Callable[[Tensor], None]:
         return lambda x: self.written.__setitem__(block, x)
@@ -244,7 +239,7 @@ class Work:
                 hidden = model.hidden(tokens[:, self.start :], positions=self.positions, kv=self.kv)
             else:
                 hidden = model.forward_from(block, self.written[block], positions=self.positions, kv=self.kv)
-        return model.unembed(hidden[:, -1])
+        return self.said(hidden)
 
 
 def measured(found: Tensor, clean: Tensor, corrupted: Tensor) -> dict[str, float]:
@@ -266,7 +261,7 @@ def measured(found: Tensor, clean: Tensor, corrupted: Tensor) -> dict[str, float
     }
 
 
-def _table(places: Sequence[Place], found: Sequence[Tensor], clean: Tensor, corrupted: Tensor) -> pd.DataFrame:
+def table_of(places: Sequence[Place], found: Sequence[Tensor], clean: Tensor, corrupted: Tensor) -> pd.DataFrame:
     """A row per place, in order."""
     rows = [
         {"kind": place.kind, "layer": place.layer}

@@ -23,6 +23,7 @@ Left out: vectors at other sites, several vectors at once.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -88,6 +89,22 @@ class Patch:
     def of(cls, family: str, part: int, clean: Clean) -> Patch:
         """One of many."""
         return cls(f"{family}({part})", (clean,), family=family, part=part)
+
+    @property
+    def steers(self) -> bool:
+        """Whether it leaves the vector to one part alone, rather than cutting it off from one."""
+        return any(clean.others for clean in self.clean)
+
+    @property
+    def reference(self) -> Patch:
+        """What differs from this patch by the part that it is about: the same with that part clean too where only the
+        part sees the vector (of a head: `skip_attention`), else the vector as it is."""
+        if not self.steers:
+            return no_patch()
+        site = self.clean[0].site
+        of = {"z": skip_attention, "mlp_neurons": skip_mlp}.get(site)
+        whole = Patch(f"skip_every_{site}", (Clean(site),)) if of is None else of()
+        return whole.seen_by(self.reaches)
 
     def seen_by(self, reaches: Reaches) -> Patch:
         """The same, seen by the residual stream or by the MLP only. Raises UsageError where attention is not patched,
@@ -295,3 +312,27 @@ def sweep(model: LanguageModel, kind: str, *, groups: int = 8) -> Sequence[Patch
         return [patch(group, groups) for patch in (skip_neurons, steer_neurons) for group in range(groups)]
     n = model.n_kv_heads if _known(kind) in ("k", "v") else model.n_heads
     return [patch(kind, part) for patch in (skip, steer) for part in range(n)]
+
+
+_ONE_OF_MANY = re.compile(r"(skip|steer)_(head|q|k|v|neurons)\((\d+)\)")
+_PATHS: Mapping[str, Reaches] = {"residual path": "residual", "mlp path": "mlp"}
+
+
+def named(name: str, *, groups: int = 8) -> Patch:
+    """The patch of that `Patch.name`: `skip_mlp`, `steer_head(3)`, `skip_v(0), residual path`.
+
+    groups: of neurons, which names do not say. Raises UsageError for a name that no patch has; whether the model has
+    the part is seen when it is used.
+    """
+    plain, comma, path = name.partition(", ")
+    lines, one = {line().name: line for line in LINES}, _ONE_OF_MANY.fullmatch(plain)
+    if (comma and path not in _PATHS) or (one is None and plain not in lines):
+        kinds = [f"{verb}_{kind}(0)" for kind in (*SITES, "neurons") for verb in ("skip", "steer")]
+        raise unknown("patch", name, (*lines, *kinds))
+    if one is None:
+        patch = lines[plain]()
+    elif one[2] == "neurons":
+        patch = {"skip": skip_neurons, "steer": steer_neurons}[one[1]](int(one[3]), groups)
+    else:
+        patch = {"skip": skip, "steer": steer}[one[1]](one[2], int(one[3]))
+    return patch.seen_by(_PATHS[path]) if comma else patch

@@ -112,8 +112,7 @@ def path_patching(
     source = [Site(SENDERS[sender.kind], sender.layer)] if sender.kind in SENDERS else []
     ends = [Site("resid_pre", 0), Site("resid_post", model.n_layers - 1)]
     clean_end, clean = work.run(pair.clean, pair.clean_adapter, {*frozen_at, *source, *ends})
-    corrupted_end = work.begin()
-    _, corrupted = work.run(pair.corrupted, pair.corrupted_adapter, {*frozen_at, *source, *ends})
+    corrupted_end, corrupted = work.begin({*frozen_at, *source, *ends})
     noted: dict[Site, Tensor] = {}
     wanted = {Site(RECEIVERS[of.kind], of.layer) for of in heard_by if of.kind != "logits"}
     edits = _frozen(model, sender, corrupted, through) | _sent(model, sender, clean, corrupted)
@@ -217,7 +216,8 @@ def _unexplained(
 ) -> float:
     """Part of the last state's change that is not a sum of what was written, at the last position."""
     first, last = ends
-    change = {site: (clean[site] - corrupted[site])[:, -1].double() for site in (first, last, *parts)}
+    rows, at = torch.arange(len(pair.end), device=pair.end.device), pair.end - pair.common
+    change = {site: (clean[site] - corrupted[site])[rows, at].double() for site in (first, last, *parts)}
     total = change[first] + torch.stack([change[site] for site in parts]).sum(0)
     for adapter, sign in ((pair.clean_adapter, 1), (pair.corrupted_adapter, -1)):
         if isinstance(adapter, SteeringVectors):

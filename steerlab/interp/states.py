@@ -30,6 +30,13 @@ def check_texts(model: LanguageModel, texts: Sequence[Text]) -> None:
         )
 
 
+def check_answers(model: LanguageModel, texts: Sequence[Text]) -> None:
+    """`check_texts`; and raise UsageError if a text is a prompt only."""
+    check_texts(model, texts)
+    if any(len(text.tokens) <= text.n_prompt for text in texts):
+        raise UsageError("a text has no generated token, so nothing is predicted; give prompts with completions")
+
+
 def states_under(
     model: LanguageModel,
     adapter: Adapter | None,

@@ -5,7 +5,8 @@ on the same tokens. `token_effects` says per position which token was raised and
 was what the base model would have said anyway, and how unsure the base model was; `raised_tokens` says which tokens are
 raised and lowered on average, at the first generated position and at the rest, with intervals over texts.
 
-Left out: effects of one layer's vector through later layers one by one (see `persistence`), grouping of tokens.
+Left out: effects of one layer's vector through later layers one by one (see `persistence`), grouping of tokens (see
+`patch_effects`).
 """
 
 from __future__ import annotations
@@ -21,10 +22,9 @@ from torch import Tensor
 
 from steerlab import tables
 from steerlab.adapters import Adapter
-from steerlab.errors import UsageError
 from steerlab.interp.logit_lens import token_text, token_texts
 from steerlab.interp.residual_lens import check_k
-from steerlab.interp.states import check_texts, hidden_under, logits_of
+from steerlab.interp.states import check_answers, hidden_under, logits_of
 from steerlab.interp.texts import Text
 from steerlab.models import LanguageModel
 from steerlab.rollouts.statistics import bootstrap_interval
@@ -50,10 +50,8 @@ def token_effects(
     k: tokens of each end in the table of means. Raises UsageError for texts without a generated token, k < 1, or a
     text that does not fit the model.
     """
-    check_texts(model, texts)
+    check_answers(model, texts)
     check_k(model, k)
-    if any(len(text.tokens) <= text.n_prompt for text in texts):
-        raise UsageError("a text has no generated token, so nothing is predicted; give prompts with completions")
     exact = torch.promote_types(model.dtype, torch.float32)
     sums = torch.zeros(len(WHERE), len(texts), model.d_vocab, dtype=exact, device=model.device)
     parts: list[dict[str, np.ndarray]] = []

@@ -4,7 +4,8 @@ A package rather than one file: `page` knows how a page looks and nothing of run
 says and nothing of HTML.
 """
 
-from steerlab.report.page import Comparison, Report, Section, Side, Table
+from steerlab.report.page import Comparison, Passage, Report, Section, Side, Table
 from steerlab.report.sections import from_run
+from steerlab.report.tokens import coloured
 
-__all__ = ["Comparison", "Report", "Section", "Side", "Table", "from_run"]
+__all__ = ["Comparison", "Passage", "Report", "Section", "Side", "Table", "coloured", "from_run"]

@@ -65,6 +65,16 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Passage:
+    """A text whose tokens are coloured. tokens: text, colour from -1 (orange) over 0 (none) to 1 (blue), what to say
+    when the pointer rests on it. legend: what the ends of the colours are, low to high. See `report/tokens.py`."""
+
+    title: str
+    tokens: tuple[tuple[str, float, str], ...]
+    legend: tuple[str, str]
+
+
+@dataclass(frozen=True)
 class Section:
     """A heading and what stands under it. folded: (summary, table) pairs the reader may open."""
 
@@ -74,6 +84,7 @@ class Section:
     tables: tuple[Table, ...] = ()
     folded: tuple[tuple[str, Table], ...] = ()
     comparisons: tuple[Comparison, ...] = ()
+    passages: tuple[Passage, ...] = ()
     note: str = ""
 
     @property
@@ -132,9 +143,12 @@ def _figure(figure: go.Figure) -> _Figure:
 
 
 def _shape(figure: go.Figure) -> str:
-    """`wide` if cells hold words and need their room on a phone, `square` if both axes have one scale, else nothing."""
+    """`wide` if cells hold words, or more than two panels stand side by side, and need their room on a phone; `square`
+    if both axes have one scale, else nothing."""
     layout: Any = figure.layout
-    if any(trace.type == "heatmap" and trace.texttemplate for trace in figure.data):
+    axes: Any = figure.select_xaxes()
+    beside = {axis.domain for axis in axes}
+    if len(beside) > 2 or any(trace.type == "heatmap" and trace.texttemplate for trace in figure.data):
         return "wide"
     return "square" if layout.yaxis.scaleanchor else ""
 

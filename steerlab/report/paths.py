@@ -12,7 +12,9 @@ from steerlab.plots import attention as attention_plots
 from steerlab.plots import attribution as attribution_plots
 from steerlab.plots import patching as patching_plots
 from steerlab.plots.house import words
+from steerlab.report.circuits import circuit_sections
 from steerlab.report.page import Section
+from steerlab.report.patch_effects import patch_effects_section
 from steerlab.runs import Run
 
 
@@ -23,8 +25,11 @@ def path_sections(run: Run) -> list[Section]:
         found.append(attribution_section(run.table("attribution")))
     if {"attention", "frozen_attention"} <= names:
         found.append(attention_section(run.table("attention"), run.table("frozen_attention")))
+    effects = ("patch_effects", "patch_tokens", "patch_groups")
+    if set(effects) <= names:
+        found.append(patch_effects_section(*(run.table(name) for name in effects)))
     patched = [name for name in sorted(names) if name.startswith("patching_")]
-    return found + [patching_section(run.table(name)) for name in patched]
+    return found + [patching_section(run.table(name)) for name in patched] + circuit_sections(run)
 
 
 def attribution_section(table: pd.DataFrame) -> Section:

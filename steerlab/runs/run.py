@@ -179,6 +179,12 @@ class Run:
         atomic_write(path.with_suffix(".html"), page)
         return path
 
+    def save_graph(self, name: str, graph: Mapping[str, Any]) -> Path:
+        """Writes graphs/{name}.json, nodes and links for another tool's viewer. Atomic."""
+        path = self.folder / "graphs" / f"{_checked(name)}.json"
+        atomic_write(path, json.dumps(graph, indent=1, allow_nan=False))
+        return path
+
     def figure(self, name: str) -> go.Figure:
         """A saved figure. Raises UsageError if it is missing; the figures that exist are named."""
         import plotly.io as pio

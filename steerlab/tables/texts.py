@@ -22,6 +22,12 @@ _LANGUAGE_INTERVALS = (
     Column("low_texts", "float", "nats", "lower end of the 95 % interval over texts; missing for cosine, for one text"),
     Column("high_texts", "float", "nats", "upper end of the 95 % interval over texts"),
 )
+_PATCH = (
+    Column("sender", "str", "1", "trained, or random: a direction of equal length"),
+    Column("layer", "int", "1", "0-based decoder block of the vector; the one behind it is patched"),
+    Column("patch", "str", "1", "skip_attention, steer_head(3), …"),
+    Column("reference", "str", "1", "what it is compared with: no_patch, or where one part sees the vector, none does"),
+)
 _RECOVERED = (
     Column("value", "float", "metric", "with that from the clean run, mean over sequences"),
     Column("low", "float", "metric", "lower end of the 95 % interval over sequences"),
@@ -32,6 +38,15 @@ _RECOVERED = (
     Column("clean", "float", "metric", "of the clean run"),
     Column("corrupted", "float", "metric", "of the corrupted run"),
     Column("n", "int", "sequences", "in either run"),
+)
+
+_EDGE = (
+    Column("sender", "str", "1", "embedding, vector, head, attention or mlp"),
+    Column("sender_layer", "int", "1", "0-based decoder block, -1 for the embedding"),
+    Column("sender_head", "int", "1", "0-based head, -1 for what is not one"),
+    Column("receiver", "str", "1", "q, k, v, mlp or logits"),
+    Column("receiver_layer", "int", "1", "0-based decoder block; the number of blocks for the logits"),
+    Column("receiver_head", "int", "1", "0-based head (k, v: group of heads), -1 for what is not one"),
 )
 
 TEXTS: dict[str, tuple[Column, ...]] = {
@@ -87,6 +102,50 @@ TEXTS: dict[str, tuple[Column, ...]] = {
         Column("high", "float", "share", "upper end of the 95 % interval over texts"),
         Column("n_texts", "int", "texts", "texts that have such a position"),
     ),
+    "patch_effects": (
+        *_PATCH,
+        Column("text", "int", "1", "index of the text"),
+        Column("generated", "int", "1", "position in the completion, 0 is its first token"),
+        Column("token", "str", "1", "the text's own token there, which is being predicted"),
+        Column("kl_nats", "float", "nats", "KL(reference ‖ patched) of the next token"),
+        Column("raised_id", "int", "1", "token that the part raises most"),
+        Column("raised", "str", "1", "its text"),
+        Column("raised_delta", "float", "share", "by how much"),
+        Column("lowered_id", "int", "1", "token that the part lowers most"),
+        Column("lowered", "str", "1", "its text"),
+        Column("lowered_delta", "float", "share", "by how much (negative)"),
+    ),
+    "patch_tokens": (
+        *_PATCH,
+        Column("end", "str", "1", "raised or lowered by the part"),
+        Column("rank", "int", "1", "0 is the most changed token of that end"),
+        Column("token_id", "int", "1", "vocabulary index"),
+        Column("token", "str", "1", "text of the token, decoded alone"),
+        Column("delta", "float", "share", "mean Δp over a text's positions, mean over texts"),
+        Column("low", "float", "share", "lower end of the 95 % interval over texts"),
+        Column("high", "float", "share", "upper end of the 95 % interval over texts"),
+        Column("n_texts", "int", "texts", "texts read"),
+    ),
+    "patch_groups": (
+        *_PATCH,
+        Column("word_group", "str", "1", "process, structure, …; other for tokens in no group"),
+        Column("n_tokens", "int", "tokens", "of the group in the vocabulary"),
+        Column("base_mass", "float", "share", "probability that the model without a vector gives to the group"),
+        Column("mass", "float", "share", "Δp summed over the group's tokens, mean over positions, mean over texts"),
+        Column("low", "float", "share", "lower end of its 95 % interval over texts"),
+        Column("high", "float", "share", "upper end of its 95 % interval over texts"),
+        Column("per_token", "float", "share", "mass over the number of tokens"),
+        Column("control", "float", "share", "mass of as many tokens, about as probable, mean over draws; or missing"),
+        Column("control_low", "float", "share", "lower end of the middle 95 % of draws"),
+        Column("control_high", "float", "share", "upper end of the middle 95 % of draws"),
+        Column("control_base_mass", "float", "share", "probability without a vector of the drawn tokens, mean"),
+        Column("p", "float", "1", "of mass, by permutation, two-sided, not corrected for the number of rows"),
+        Column("raised_share", "float", "1", "share of the group's tokens whose mean Δp is above 0"),
+        Column("control_raised_share", "float", "1", "of the drawn tokens, mean"),
+        Column("raised_p", "float", "1", "of that share, by permutation, two-sided, not corrected"),
+        Column("n_texts", "int", "texts", "texts read"),
+        Column("n_draws", "int", "draws", "of the control"),
+    ),
     "substitution": (
         Column(
             "condition", "str", "1", "base, appended, appended_other, steered, random, first_position, later_positions"
@@ -125,14 +184,43 @@ TEXTS: dict[str, tuple[Column, ...]] = {
         *_RECOVERED,
     ),
     "path_patching": (
-        Column("sender", "str", "1", "embedding, vector, head, attention or mlp"),
-        Column("sender_layer", "int", "1", "0-based decoder block, -1 for the embedding"),
-        Column("sender_head", "int", "1", "0-based head, -1 for what is not one"),
-        Column("receiver", "str", "1", "q, k, v, mlp or logits"),
-        Column("receiver_layer", "int", "1", "0-based decoder block; the number of blocks for the logits"),
-        Column("receiver_head", "int", "1", "0-based head (k, v: group of heads), -1 for what is not one"),
+        *_EDGE,
         Column("through", "str", "1", "direct, or mlps: what the MLPs between make of it goes along"),
         *_RECOVERED,
+    ),
+    "edges": (
+        *_EDGE,
+        Column("steps", "int", "1", "places between the runs whose gradients are averaged; 0: at the corrupted run"),
+        Column("effect", "float", "metric", "change of the metric, to first order, mean over sequences"),
+        Column("low", "float", "metric", "lower end of the 95 % interval over sequences; missing for one"),
+        Column("high", "float", "metric", "upper end of the 95 % interval over sequences"),
+        Column("n", "int", "sequences", "in either run"),
+    ),
+    "path_nodes": (
+        Column("node", "str", "1", "name, unique"),
+        Column("kind", "str", "1", "embedding, vector, heads, mlp or logits"),
+        Column("layer", "int", "1", "0-based decoder block, -1 for the embedding; the number of blocks for the logits"),
+        Column("head", "int", "1", "0-based group of heads that share keys and values, -1 for what is none"),
+        Column("said", "float", "metric", "sum of absolute effects of its links to others"),
+        Column("heard", "float", "metric", "sum of absolute effects of links to it"),
+        Column("strength", "float", "metric", "the larger of the two"),
+    ),
+    "path_links": (
+        Column("source", "str", "1", "name of a node"),
+        Column("target", "str", "1", "name of a node behind it"),
+        Column(
+            "effect", "float", "metric", "change of the metric, to first order; of heads through q, k and v together"
+        ),
+    ),
+    "agreement": (
+        Column("estimate", "str", "1", "what is compared with exact patching, by name"),
+        Column("spearman", "float", "1", "rank correlation of estimated and exact effects"),
+        Column("low", "float", "1", "lower end of its 95 % interval over what was patched"),
+        Column("high", "float", "1", "upper end of its 95 % interval"),
+        Column("pearson", "float", "1", "linear correlation"),
+        Column("error", "float", "share", "Σ|estimated − exact| of Σ|exact|"),
+        Column("bias", "float", "1", "slope of estimated on exact effects, through the origin"),
+        Column("n", "int", "effects", "compared"),
     ),
     "attention": (
         Column("sender", "str", "1", "trained, or random: directions of equal length"),

@@ -157,6 +157,16 @@ def test_steering_at_place(small_vectors: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
+def test_edges(small_vectors: dict[str, Any]) -> None:
+    module = script("small_vectors/edges")
+    table = module.main(module.Options(**small_vectors))
+    assert set(table["of"]) == {"heads", "edges"} and set(table["seed"]) == {0, 1}
+    assert set(table["estimate"]) == {"0 steps", "5 steps", "another vector"}
+    assert (
+        np.isfinite(table["error"]).all() and (small_vectors["out"] / "edges" / "tables" / "agreement.parquet").exists()
+    )
+
+
 def test_patching(small_vectors: dict[str, Any]) -> None:
     module = script("small_vectors/patching")
     table = module.main(module.Options(**small_vectors))

@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 import torch
 
-from steerlab.adapters import SteeringVectors
+from steerlab.adapters import Scope, SteeringVectors
 from steerlab.errors import UsageError
 from steerlab.interp.activation_patching import (
     Pair,
     Place,
     activation_patching,
-    attribution_patching,
     blocks,
     head_positions,
     heads,
     logit_difference,
 )
+from steerlab.interp.attribution_patching import attribution_patching
 from steerlab.models import LanguageModel, Site, tiny
 from steerlab.plots.activation_patching import activation_patching as plot
 
@@ -109,6 +109,14 @@ def test_figure(exact: Exact) -> None:
     assert by_head.data[0].z.shape == (4, model.n_heads)
     by_position = plot(activation_patching(model, pair, blocks(model, 6), METRIC))
     assert [trace.z.shape for trace in by_position.data] == [(4, 6)] * 3
+    whole = activation_patching(
+        model, pair, [Place(kind, n) for kind in ("attn_out", "mlp_out") for n in range(4)], METRIC
+    )
+    lines = plot(whole)
+    assert [len(trace.x) for trace in lines.data] == [4, 4]
+    known = whole["recovered"].notna().all()
+    shown = whole["recovered"] if known else whole["value"] - whole["corrupted"]
+    assert np.allclose(np.concatenate([trace.y for trace in lines.data]), shown)
     with pytest.raises(UsageError, match="select one position"):
         plot(activation_patching(model, pair, head_positions(model, 2), METRIC))
 
@@ -152,3 +160,34 @@ def test_bad_input_is_one_line(exact: Exact) -> None:
     refused("head 99", lambda: activation_patching(model, pair, [Place("z", 0, 99)], METRIC))
     refused("position 6", lambda: activation_patching(model, pair, [Place("z", 0, 0, 6)], METRIC))
     refused("layers 0…3", lambda: activation_patching(model, pair, [Place("z", 9)], METRIC))
+
+
+def test_integrated_gradients_are_nearer(exact: Exact) -> None:
+    """Of whole residual states, whose effects the way between the runs passes through, and add up along it."""
+    model = exact("gpt2")
+    pair, place = Pair(CLEAN, OTHER), [Place("resid_pre", 0)]
+    exactly = activation_patching(model, pair, place, METRIC)["value"].iloc[0]
+    told = [attribution_patching(model, pair, place, METRIC, steps=steps)["value"].iloc[0] for steps in (0, 4, 64)]
+    errors = [abs(value - exactly) for value in told]
+    assert errors[2] < 0.1 * errors[0] and errors[1] < errors[0] and errors[2] < 1e-3 * abs(exactly)
+    with pytest.raises(UsageError, match="steps is -1"):
+        attribution_patching(model, pair, place, METRIC, steps=-1)
+
+
+def test_padding_behind_the_ends_is_not_seen(exact: Exact, vectors: Vectors) -> None:
+    """Sequences of different lengths in one pair, under vectors of part of the tokens, are what each is alone."""
+    model = exact("llama")
+    steered = vectors(model, layers=(1,))
+    steered.scope = Scope("generated")
+    last, prompts = torch.tensor([5, 3]), torch.tensor([3, 2])
+    places = [Place("z", 2, 0), Place("resid_pre", 2), Place("mlp_out", 3)]
+    both = activation_patching(model, Pair(CLEAN, CLEAN, steered, None, prompts, last), places, METRIC)
+    metrics = [logit_difference(torch.tensor([right]), torch.tensor([right + 2])) for right in (7, 8)]
+    alone = [
+        activation_patching(
+            model, Pair(tokens[None, : end + 1], tokens[None, : end + 1], steered, None, int(n)), places, metric
+        )
+        for tokens, end, n, metric in zip(CLEAN, last.tolist(), prompts, metrics, strict=True)
+    ]
+    assert np.allclose(both["value"], (alone[0]["value"] + alone[1]["value"]) / 2, atol=1e-9)
+    assert abs(both["clean"].iloc[0] - both["corrupted"].iloc[0]) > 1e-3

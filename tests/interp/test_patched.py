@@ -216,3 +216,33 @@ def test_replaced_names(vectors: Vectors, exact: Exact) -> None:
     patch = p.skip("head", 0).seen_by("mlp")
     assert patch.name == "skip_head(0), mlp path" and replace(patch, name="x").reaches == "mlp"
     assert "skip_head(0)" in repr(Patched(vectors(exact(), layers=(LAYER,)), patch))
+
+
+@pytest.mark.parametrize("kind", [*p.SITES, "neurons"])
+def test_a_patch_is_found_by_its_name(kind: str, exact: Exact) -> None:
+    patches = [line() for line in p.LINES] + list(p.sweep(exact(), kind, groups=4))
+    patches += [patch.seen_by("mlp") for patch in patches if kind != "neurons" and patch.family != "line"]
+    assert [p.named(patch.name, groups=4) for patch in patches] == patches
+    for name in ("skip_heads(1)", "skip_head", "skip_head(-1)", "steer_head(1), other path", "", "clean"):
+        with pytest.raises(UsageError, match="unknown patch") as caught:
+            p.named(name)
+        assert "skip_attention" in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(UsageError, match="does not patch attention alone"):
+        p.named("skip_mlp, mlp path")
+
+
+@pytest.mark.parametrize("kind", [*p.SITES, "neurons"])
+def test_the_reference_is_the_patch_without_its_part(kind: str, exact: Exact, vectors: Vectors) -> None:
+    model = exact()
+    vector = vectors(model, layers=(LAYER,))
+    cut, left = (of[0] for of in (p.sweep(model, kind, groups=4), p.sweep(model, kind, groups=4)[::-1]))
+    assert (cut.steers, cut.reference) == (False, p.no_patch()) and left.steers
+    assert {line().reference for line in p.LINES} == {p.no_patch()}
+    n = {"neurons": 4, "k": model.n_kv_heads, "v": model.n_kv_heads}.get(kind, model.n_heads)
+    site = left.clean[0].site
+    none = Patch("none", (Clean(site, tuple(range(n)), 4 if kind == "neurons" else None),))
+    wanted = logits(model, Patched(vector, none))
+    assert torch.allclose(logits(model, Patched(vector, left.reference)), wanted, atol=NEAR, rtol=0)
+    assert left.reference.name == {"head": "skip_attention", "neurons": "skip_mlp"}.get(kind, f"skip_every_{kind}")
+    if kind != "neurons":
+        assert left.seen_by("mlp").reference == left.reference.seen_by("mlp")

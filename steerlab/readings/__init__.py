@@ -7,18 +7,13 @@ what the steered model answers to held-out problems of its task). The work is `i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import pandas as pd
-import plotly.graph_objects as go
 
 from steerlab.adapters import LoRAWeights, SteeringVectors, TunedLens
 from steerlab.errors import UsageError
 from steerlab.interp import adaptive as interp_adaptive
 from steerlab.interp import at_equal_kl as equal
-from steerlab.interp import attention as heads
-from steerlab.interp import attribution as parts
 from steerlab.interp import composition as combining
 from steerlab.interp import directions as contrasting
 from steerlab.interp import geometry as measuring
@@ -37,41 +32,28 @@ from steerlab.interp.texts import Conditions, Text, contrasts, sampled
 from steerlab.models import LanguageModel
 from steerlab.plots import adaptive as plot_adaptive
 from steerlab.plots import at_equal_kl as plot_equal
-from steerlab.plots import attention as plot_attention
-from steerlab.plots import attribution as plot_attribution
 from steerlab.plots import composition as plot_composition
 from steerlab.plots import directions as plot_directions
 from steerlab.plots import geometry as plot_geometry
 from steerlab.plots import languages as plot_languages
 from steerlab.plots import magnitudes as plot_magnitudes
-from steerlab.plots import patching as plot_patching
 from steerlab.plots import persistence as plot_persistence
 from steerlab.plots import residual_lens as plot_lens
 from steerlab.plots import side_effects as plot_side_effects
 from steerlab.plots import substitution as plot_substitution
 from steerlab.plots import token_effects as plot_effects
 from steerlab.plots import transfer as plot_transfer
+from steerlab.readings.paths import activation_patching as activation_patching
+from steerlab.readings.paths import attention as attention
+from steerlab.readings.paths import attribution as attribution
+from steerlab.readings.paths import edges as edges
+from steerlab.readings.paths import patch_effects as patch_effects
+from steerlab.readings.paths import patching as patching
+from steerlab.readings.paths import path_patching as path_patching
+from steerlab.readings.reading import Reading
 from steerlab.rollouts import Evaluation, Policy
 from steerlab.rollouts.evaluate import Done
-from steerlab.runs import Run
 from steerlab.tasks import Task, segments
-
-
-@dataclass(frozen=True)
-class Reading:
-    """tables, figures: by the names under which they are kept."""
-
-    tables: dict[str, pd.DataFrame]
-    figures: dict[str, go.Figure]
-
-    def with_(self, other: Reading) -> Reading:
-        """Both, as one."""
-        return Reading(self.tables | other.tables, self.figures | other.figures)
-
-    def save(self, run: Run) -> tuple[Path, ...]:
-        """Put everything into a run's folder. Returns where."""
-        made = [run.save_table(name, table) for name, table in self.tables.items()]
-        return (*made, *(run.save_figure(name, figure) for name, figure in self.figures.items()))
 
 
 def own_texts(
@@ -275,36 +257,6 @@ def at_equal_kl(
     """The score of every set where it is as far from the base as the others on neutral text."""
     table = equal.at_equal_kl(model, sets, neutral, task, evaluation, targets_nats=targets_nats, done=done).table
     return Reading({"at_equal_kl": table}, {"at_equal_kl": plot_equal.at_equal_kl(table)})
-
-
-def patching(table: pd.DataFrame) -> Reading:
-    """A table of `interp.patching`, named after its metric; figures of its values by sender, and of what is kept where
-    that is known."""
-    name = f"patching_{str(table['metric'].iloc[0]).partition('@')[0]}"
-    figures = {}
-    for sender in dict.fromkeys(table["sender"]):
-        mine = name if sender == "trained" else f"{name}_{sender}"
-        figures[mine] = plot_patching.patching(table, sender)
-        if table.loc[table["sender"] == sender, "kept"].notna().any():
-            figures[f"{mine}_kept"] = plot_patching.patching(table, sender, "kept")
-    return Reading({name: table}, figures)
-
-
-def attention(model: LanguageModel, vectors: SteeringVectors, texts: Sequence[Text], *, seed: int = 0) -> Reading:
-    """Which heads look elsewhere because of the vectors, and what is left of the effect where none does."""
-    table = heads.attention(model, vectors, texts, seed=seed)
-    frozen = heads.frozen_attention(model, vectors, texts, seed=seed)
-    return Reading({"attention": table, "frozen_attention": frozen}, {"attention": plot_attention.attention(table)})
-
-
-def attribution(model: LanguageModel, vectors: SteeringVectors, texts: Sequence[Text], *, seed: int = 0) -> Reading:
-    """Through which heads and MLPs the vectors' effect reaches the logits directly. The figure of heads is absent for
-    vectors of the last layer."""
-    table = parts.attribution(model, vectors, texts, seed=seed)
-    figures = {"attribution": plot_attribution.attribution(table)}
-    if vectors.first_block < model.n_layers:
-        figures["attribution_heads"] = plot_attribution.attribution_heads(table)
-    return Reading({"attribution": table}, figures)
 
 
 def languages(
