@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -9,7 +11,8 @@ from planted import Planted
 from steerlab.interp.texts import Text
 from steerlab.models import LanguageModel, Site
 from steerlab.saes.activations import Activations, record
-from steerlab.saes.streams import Stream
+from steerlab.saes.load import Sae, package
+from steerlab.saes.streams import Kind, Stream
 
 POST = Site("resid_post", 2)
 WANTED = Activations(POST, buffer=500, batch_tokens=512)
@@ -41,3 +44,20 @@ def prose() -> list[Text]:
 @pytest.fixture(scope="session")
 def recorded(tiny_llama: LanguageModel, prose: list[Text]) -> Stream:
     return record(tiny_llama, prose, WANTED)
+
+
+@pytest.fixture(scope="session")
+def by_hand() -> Callable[..., Sae]:
+    """x = relu(x) − relu(−x): a standard SAE of sae-lens that is exact; scale: of what it writes."""
+
+    def made(scale: float = 1.0, bias: float = 0.0, kind: Kind = "residual", dead: int = 0) -> Sae:
+        lens = package()
+        inner = lens.StandardSAE(lens.StandardSAEConfig(d_in=32, d_sae=64 + dead))
+        eye, nothing = torch.eye(32), torch.zeros(32, dead)
+        both = torch.cat([eye, -eye, nothing], dim=1)
+        inner.load_state_dict(
+            {"W_enc": both, "W_dec": scale * both.T, "b_enc": torch.zeros(64 + dead), "b_dec": torch.full((32,), bias)}
+        )
+        return Sae(inner.requires_grad_(False), POST, kind)
+
+    return made

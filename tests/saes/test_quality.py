@@ -15,29 +15,12 @@ from steerlab.errors import UsageError
 from steerlab.interp.texts import Text
 from steerlab.models import LanguageModel, Site
 from steerlab.saes.activations import Activations, record
-from steerlab.saes.load import Sae, package
+from steerlab.saes.load import Sae
 from steerlab.saes.quality import Losses, sae_quality, spliced_losses
-from steerlab.saes.streams import Kind, Stream
+from steerlab.saes.streams import Stream
 
 POST = Site("resid_post", 2)
 Made = Callable[..., Sae]
-
-
-@pytest.fixture(scope="module")
-def by_hand() -> Made:
-    """x = relu(x) − relu(−x): a standard SAE of sae-lens that is exact; scale: of what it writes."""
-
-    def made(scale: float = 1.0, bias: float = 0.0, kind: Kind = "residual", dead: int = 0) -> Sae:
-        lens = package()
-        inner = lens.StandardSAE(lens.StandardSAEConfig(d_in=32, d_sae=64 + dead))
-        eye, nothing = torch.eye(32), torch.zeros(32, dead)
-        both = torch.cat([eye, -eye, nothing], dim=1)
-        inner.load_state_dict(
-            {"W_enc": both, "W_dec": scale * both.T, "b_enc": torch.zeros(64 + dead), "b_dec": torch.full((32,), bias)}
-        )
-        return Sae(inner.requires_grad_(False), POST, kind)
-
-    return made
 
 
 def test_an_exact_reconstruction_changes_no_loss(tiny_llama: LanguageModel, prose: list[Text], by_hand: Made) -> None:
