@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from steerlab.command_line import latents
 from steerlab.command_line.arguments import (
     RUN_OR_NOTHING,
     Exactly,
@@ -39,7 +40,7 @@ LOSS_TEXTS = 64  # held-out texts that the SAE is spliced into
 
 
 def sae(words: Sequence[str]) -> int:
-    """Train sparse autoencoders on activations, or on the difference that vectors make there."""
+    """Train sparse autoencoders on activations or on what vectors change; read and edit their latents."""
     if not words or words[0] in ("-h", "--help"):
         tell(f"usage: steerlab sae ACTION [OPTIONS]\n\n{summary(sae)}\n\nactions:")
         tell_names([(name, summary(action)) for name, action in ACTIONS.items()])
@@ -173,4 +174,9 @@ def _first(texts: list[Text], wanted: Activations, tokens: int) -> list[Text]:
     return found
 
 
-ACTIONS: Mapping[str, Callable[..., int]] = {"train": train}
+ACTIONS: Mapping[str, Callable[..., int]] = {
+    "train": train,
+    "score": latents.score,
+    "latents": latents.latents,
+    "causal": latents.causal,
+}

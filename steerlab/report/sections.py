@@ -20,6 +20,7 @@ from steerlab.plots import scores as score_plots
 from steerlab.plots import training as training_plots
 from steerlab.plots.house import readable, words
 from steerlab.report.comparisons import comparison_sections
+from steerlab.report.latents import latent_sections
 from steerlab.report.lens_fit import lens_fit_section, lens_headline
 from steerlab.report.page import Comparison, Report, Section, Side, Table
 from steerlab.report.paths import path_sections
@@ -60,7 +61,8 @@ def from_run(run: Run) -> str:
     if norms is not None:
         dose = run.table("relative_dose") if "relative_dose" in names else None
         report.add(geometry_section(norms, cosines, dose))
-    for section in (*sae_sections(run), *reading_sections(run), *path_sections(run), *comparison_sections(run)):
+    kinds = (sae_sections, latent_sections, reading_sections, path_sections, comparison_sections)
+    for section in (section for sections in kinds for section in sections(run)):
         report.add(section)
     report.add(cost(run, metrics))
     report.add(setup(run))

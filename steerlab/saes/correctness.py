@@ -59,6 +59,11 @@ def strata_of(found: Activity, matched: Matched) -> Int[np.ndarray, " text"]:
     return np.searchsorted(edges, found.length, side="left")
 
 
+def comparable(found: Activity, matched: Matched) -> bool:
+    """Whether some stratum has both right and wrong completions."""
+    return bool(_weights(found.correct, strata_of(found, matched)).any())
+
+
 def _compared(
     found: Activity, matched: Matched, latents: Int[np.ndarray, " latent"], shuffles: int, seed: int
 ) -> pd.DataFrame:

@@ -85,6 +85,15 @@ def latent_effects(
     return tables.check(pd.concat(frames, ignore_index=True), "latent_effects")
 
 
+@torch.no_grad()
+def firing_rates(
+    model: LanguageModel, sae: Sae, texts: Sequence[Text], adapter: Adapter | None = None
+) -> Float[np.ndarray, " latent"]:
+    """On which share of generated tokens each latent fires. Raises UsageError for texts without such tokens."""
+    check_answers(model, texts)
+    return _means(model, sae, adapter, texts)[1].mean(0)
+
+
 def _directly(sae: Sae, vectors: SteeringVectors) -> tuple[np.ndarray, np.ndarray]:
     """Cosine with what latents write, and the encoder's linear response."""
     if sae.site not in vectors.vectors:
@@ -99,8 +108,9 @@ def _means(
     model: LanguageModel, sae: Sae, adapter: Adapter | None, texts: Sequence[Text]
 ) -> tuple[Float[np.ndarray, "text latent"], Float[np.ndarray, "text latent"]]:
     """Of each text the mean activation of each latent over generated tokens, and how often it fires."""
-    assert sae.site is not None
-    wanted = Activations(sae.site, generated_only=True, batch_tokens=BATCH_TOKENS)
+    if sae.site is None:
+        raise UsageError("the SAE does not say at which site of the model it belongs; load it with site=…")
+    wanted = Activations(sae.site, sae.kind, generated_only=True, batch_tokens=BATCH_TOKENS)
     mean, rate = np.zeros((2, len(texts), sae.d_sae))
     for fed in fed_together(texts, range(len(texts)), BATCH_TOKENS, model.device):
         found, own = values(model, adapter, fed, wanted)
