@@ -51,6 +51,10 @@ if TYPE_CHECKING:
     from steerlab.rollouts import Evaluation, Policy, Sampling, evaluate
     from steerlab.runs import Run, RunStore
     from steerlab.saes.activations import record as record_activations
+    from steerlab.saes.activity import activity
+    from steerlab.saes.causal import LatentEdit, latents_causal
+    from steerlab.saes.correctness import latent_correctness
+    from steerlab.saes.effects import decomposition, latent_effects
     from steerlab.saes.load import load as load_sae
     from steerlab.saes.quality import sae_quality, spliced_losses
     from steerlab.saes.streams import Activations
@@ -67,6 +71,7 @@ _HOMES = {
     "Evaluation": "steerlab.rollouts:Evaluation",
     "Experiment": "steerlab.training:Experiment",
     "LanguageModel": "steerlab.models:LanguageModel",
+    "LatentEdit": "steerlab.saes.causal:LatentEdit",
     "LoRA": "steerlab.adapters:LoRA",
     "Pair": "steerlab.interp.activation_patching:Pair",
     "Patched": "steerlab.interp.patched:Patched",
@@ -84,6 +89,7 @@ _HOMES = {
     "Text": "steerlab.interp.texts:Text",
     "UsageError": "steerlab.errors:UsageError",
     "activation_patching": "steerlab.interp.activation_patching:activation_patching",
+    "activity": "steerlab.saes.activity:activity",
     "adaptive": "steerlab.interp.adaptive:adaptive",
     "at_equal_kl": "steerlab.interp.at_equal_kl:at_equal_kl",
     "at_norms_of": "steerlab.interp.directions:at_norms_of",
@@ -93,6 +99,7 @@ _HOMES = {
     "composition": "steerlab.interp.composition:composition",
     "cosines_between": "steerlab.interp.geometry:cosines_between",
     "decisions": "steerlab.interp.decisions:decisions",
+    "decomposition": "steerlab.saes.effects:decomposition",
     "directions": "steerlab.interp.directions:directions",
     "edge_attribution": "steerlab.interp.edge_attribution:edge_attribution",
     "evaluate": "steerlab.rollouts:evaluate",
@@ -100,6 +107,9 @@ _HOMES = {
     "frozen_attention": "steerlab.interp.attention:frozen_attention",
     "gradient_energy": "steerlab.interp.gradient_energy:gradient_energy",
     "languages": "steerlab.interp.languages:languages",
+    "latent_correctness": "steerlab.saes.correctness:latent_correctness",
+    "latent_effects": "steerlab.saes.effects:latent_effects",
+    "latents_causal": "steerlab.saes.causal:latents_causal",
     "load_model": "steerlab.models:load",
     "load_sae": "steerlab.saes.load:load",
     "load_vectors": "steerlab.adapters.formats:load",
@@ -140,6 +150,7 @@ __all__ = [
     "Evaluation",
     "Experiment",
     "LanguageModel",
+    "LatentEdit",
     "LoRA",
     "Pair",
     "Patched",
@@ -156,6 +167,7 @@ __all__ = [
     "Text",
     "UsageError",
     "activation_patching",
+    "activity",
     "adaptive",
     "at_equal_kl",
     "at_norms_of",
@@ -165,6 +177,7 @@ __all__ = [
     "composition",
     "cosines_between",
     "decisions",
+    "decomposition",
     "directions",
     "edge_attribution",
     "evaluate",
@@ -172,6 +185,9 @@ __all__ = [
     "frozen_attention",
     "gradient_energy",
     "languages",
+    "latent_correctness",
+    "latent_effects",
+    "latents_causal",
     "load_model",
     "load_sae",
     "load_vectors",

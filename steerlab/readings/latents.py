@@ -49,7 +49,7 @@ def latent_correctness(
     """Which latents come with right answers, by every way of matching that leaves something to compare; whether those
     found in half of the problems are found in the other half; how well they predict."""
     found = activity(model, sae, completions, vectors)
-    ways = [way for way in telling.MATCHED if telling.comparable(found, way)]
+    ways: list[telling.Matched] = [way for way in telling.MATCHED if telling.comparable(found, way)]
     table = telling.latent_correctness(found, matched=tuple(ways), seed=seed)
     tables = {"latent_correctness": table}
     problems = len(np.unique(found.problem))

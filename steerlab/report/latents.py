@@ -56,8 +56,8 @@ def correctness_section(table: pd.DataFrame, again: pd.DataFrame | None, probes:
     )
     first = table.iloc[0]
     text = (
-        f"{first['n_correct']} right and {first['n_incorrect']} wrong completions of {first['n_problems']} problems. Of "
-        f"{len(table) // len(ways):,} latents that fire, with a false discovery rate of 5 % differ: {counts}."
+        f"{first['n_correct']} right and {first['n_incorrect']} wrong completions of {first['n_problems']} problems. "
+        f"Of {len(table) // len(ways):,} latents that fire, with a false discovery rate of 5 % differ: {counts}."
     )
     if again is not None:
         shares = again.set_index("labels")["replicated"]
@@ -74,7 +74,7 @@ def correctness_section(table: pd.DataFrame, again: pd.DataFrame | None, probes:
         text += f" How well a probe predicts which answers to unseen problems are right (AUROC, 0.5 is chance): {told}."
     way = ways[-1]
     figures = (plots.latent_correctness(table, way), plots.latent_volcano(table, way))
-    note = "Firing together with right answers is no cause: see the section on edited latents, or make one with sae causal."
+    note = "Firing with right answers is no cause of them: steerlab sae causal edits latents while the model answers."
     rows = table.loc[table["matched"] == way].head(25).to_dict("records")
     folded = Table(
         ("latent", "right", "wrong", "difference", "95 % interval", "odds ratio", "q", "family-wise p"),

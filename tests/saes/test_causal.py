@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from letters import Letters, towards_letters
+from steerlab import readings
 from steerlab.adapters import SteeringVectors
 from steerlab.errors import UsageError
+from steerlab.interp.contrast import of_answers
 from steerlab.models import LanguageModel, Site
 from steerlab.rollouts import Evaluation, Policy, Rows, Sampling
 from steerlab.saes.causal import LatentEdit, alike, latents_causal
@@ -98,6 +100,18 @@ def test_an_edit_that_undoes_a_vector_undoes_its_answers(tiny_llama: LanguageMod
     assert table.loc["as it is", "change"] == 0 and table.loc["as it is", "value"] > 0.6
     assert table.loc["edited", "value"] < table.loc["as it is", "value"] - 0.2
     assert table.loc["edited", "beyond_random"] < 0
+
+
+def test_answers_are_scored(tiny_llama: LanguageModel, by_hand: Made) -> None:
+    """Right and wrong answers of a task, by latents: every way of matching, replication, probes."""
+    evaluation = Evaluation(samples=8, limit=10, sampling=Sampling(max_new_tokens=3))
+    answers = of_answers(tiny_llama, Letters(), evaluation)
+    read = readings.latent_correctness(tiny_llama, by_hand(), answers, folds=3)
+    assert set(read.tables) == {"latent_correctness", "latent_replication", "correctness_probes"}
+    table = read.tables["latent_correctness"]
+    assert set(table["matched"]) == {"none", "length", "problem"} and table["n_problems"].iloc[0] == 10
+    assert table["n_correct"].iloc[0] == len(answers.positive)
+    assert set(read.figures) == {"latent_correctness", "latent_volcano"}
 
 
 def test_bad_input_is_one_line(tiny_llama: LanguageModel, by_hand: Made) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,29 @@ def test_mistakes_are_one_line(
     assert main(["sae", *typed, *(("--text", "", "--out", str(tmp_path / "s")) if words[0] == "train" else ())]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+def test_latents_are_scored_read_and_edited(
+    vectors: Path, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    about = ("--model", str(tiny_folder), "--allow-other-weights")
+    out = str(tmp_path / "s")
+    made = ["sae", "train", *about[:2], *SMALL, "--tokens", "640", "--out", out]
+    assert main(made) == 0
+    sums = tmp_path / "letters.jsonl"
+    sums.write_text("\n".join(json.dumps({"question": f"say {n}", "answer": str(n % 3)}) for n in range(8)))
+    asked = ("--sae", f"{out}/training/sae", "--task", str(sums), "--out", str(tmp_path / "o"))
+    refused = main(["sae", "causal", str(vectors), *about, *asked])
+    assert refused == 2 and "steerlab sae score" in capsys.readouterr().err
+    assert main(["sae", "latents", str(vectors), *about, *asked, "--problems", "3"]) == 0
+    assert "change of mean activations" in capsys.readouterr().out
+    edit = ("--latents", "1", "2", "--problems", "3", "--samples", "1", "--draws", "1", "--how", "add", "--value", "2")
+    assert main(["sae", "causal", str(vectors), *about, *asked, *edit]) == 0
+    assert "random-0" in capsys.readouterr().out
+    run = Run.open(tmp_path / "o")
+    assert {"latent_effects", "latents_causal"} <= set(run.tables()) and run.figures() == [
+        "latent_effects",
+        "latents_causal",
+    ]
+    assert main(["sae", "score", str(vectors), *about, "--task", str(sums), "--out", str(tmp_path / "o")]) == 2
+    assert "add --sae FOLDER" in capsys.readouterr().err
