@@ -154,11 +154,12 @@ def _node(node: dict[Any, Any], identity: tuple[str, int, int], reached: float) 
         "layer": layer,
         "ctx_idx": column,
         "feature_type": types.get(node["kind"], "cross layer transcoder"),
-        "token_prob": 0.0,
+        "token_prob": float(node["kind"] == "logits"),
         "is_target_logit": node["kind"] == "logits",
         "run_idx": 0,
         "reverse_ctx_idx": 0,
-        "clerp": node["node"],
+        # the viewer looks for a probability behind the name of a logit
+        "clerp": 'Output "metric" (p=1.000)' if node["kind"] == "logits" else node["node"],
         "influence": reached,
         "activation": float(node["said"]),
     }

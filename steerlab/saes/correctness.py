@@ -204,9 +204,10 @@ def replication(
 ) -> pd.DataFrame:
     """Table `latent_replication`: of the `n` latents that stand out most in half of the problems, the share that in the
     other half differ with the same sign and p < 0.05; with the labels as they are and, in the half where latents are
-    sought, shuffled within strata. Mean and range over `splits` halvings of the problems (they overlap: no interval).
+    sought, shuffled within strata. Mean and range over `splits` halvings of the problems (they overlap: no interval)
+    but those with a half that is all right or all wrong.
 
-    Raises UsageError for fewer than four problems, n < 1, or halves of which one is all right or all wrong.
+    Raises UsageError for fewer than four problems, n < 1, or if no halving is left.
     """
     problems = np.unique(found.problem)
     if len(problems) < 4 or n < 1 or splits < 1:
@@ -214,6 +215,8 @@ def replication(
     generator, shares = np.random.default_rng(seed), {"as they are": [], "shuffled": []}
     for _ in range(splits):
         mine = np.isin(found.problem, generator.permutation(problems)[: len(problems) // 2])
+        if any(len(set(found.correct[of].tolist())) < 2 for of in (mine, ~mine)):
+            continue
         first, second = (found.select(np.flatnonzero(of)) for of in (mine, ~mine))
         mixed = first.with_labels(shuffled(first.correct, strata_of(first, matched), generator))
         z = _z(second, matched)
@@ -222,9 +225,11 @@ def replication(
             top = np.argsort(-np.abs(sought), kind="stable")[:n]
             again = (np.sign(sought[top]) == np.sign(z[top])) & (2 * stats.norm.sf(np.abs(z[top])) < 0.05)
             shares[labels].append(float(again.mean()))
+    if not shares["shuffled"]:
+        raise UsageError("every half of the problems is all right or all wrong; answer more problems")
     rows = [
         {"labels": labels, "n_latents": min(n, found.fired.shape[1]), "replicated": float(np.mean(of))}
-        | {"least": min(of), "most": max(of), "n_splits": splits, "matched": matched, "n_problems": len(problems)}
+        | {"least": min(of), "most": max(of), "n_splits": len(of), "matched": matched, "n_problems": len(problems)}
         for labels, of in shares.items()
     ]
     return tables.check(pd.DataFrame(rows), "latent_replication")

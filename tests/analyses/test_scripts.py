@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 import runpy
 import subprocess
 import sys
@@ -154,6 +155,19 @@ def test_steering_at_place(small_vectors: dict[str, Any]) -> None:
     assert table["dose"].gt(0).any() and table["least"].le(table["most"]).all()
     assert (small_vectors["out"] / "steering_at_place" / "figures" / "steering_at_place.html").exists()
     assert module.main(options).equals(table), "a finished study is read, not run again"
+
+
+@pytest.mark.slow
+def test_diff_sae(small_vectors: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    module = script("small_vectors/diff_sae")
+    again = module.main(module.Options(**small_vectors))
+    assert set(again["labels"]) == {"as they are", "shuffled"} and set(again["seed"]) == {0, 1}
+    run = Run.open(small_vectors["out"] / "diff_sae" / "found")
+    assert {"sae_quality", "latent_correctness", "latent_replication", "correctness_probes"} == set(run.tables())
+    assert re.search(r"layer 1: (supported|open|refuted)", capsys.readouterr().out)
+    found = again.assign(replicated=1.0, most=0.2)
+    assert module.verdict(found) == "supported" and module.verdict(found.assign(replicated=0.1)) == "refuted"
+    assert module.verdict(found.assign(replicated=[1.0, 1.0, 0.1, 0.1])) == "open"
 
 
 @pytest.mark.slow

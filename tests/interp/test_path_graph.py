@@ -60,7 +60,8 @@ def test_the_viewers_json(exact: Exact) -> None:
     assert len(set(ids)) == len(ids) == len({node["jsNodeId"] for node in graph["nodes"]}) == 3
     assert all({link["source"], link["target"]} <= set(ids) for link in graph["links"])
     kinds = {node["clerp"]: (node["feature_type"], node["layer"]) for node in graph["nodes"]}
-    assert kinds["logits"] == ("logit", "5") and kinds["vector 0"] == ("cross layer transcoder", "0")
+    assert kinds['Output "metric" (p=1.000)'] == ("logit", "5"), "viewers read a probability behind it"
+    assert kinds["vector 0"] == ("cross layer transcoder", "0")
     assert all(node["ctx_idx"] < len(graph["metadata"]["prompt_tokens"]) for node in graph["nodes"])
     reached = [node["influence"] for node in graph["nodes"]]
     assert max(reached) == pytest.approx(1) and min(reached) > 0
