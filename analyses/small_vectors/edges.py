@@ -3,7 +3,7 @@
 Attribution patching (Nanda 2023) and edge attribution (Syed et al. 2023) are used in place of exact patching because
 they are cheap; integrated gradients (Hanna et al. 2024) are said to repair them. Here: the bank's vectors of two
 layers, three seeds, `texts` answers each, cut where the vector moves the next token most (`interp/decisions.py`);
-every head of every layer patched exactly, and `edges` edges by path patching, half of them the largest, half drawn
+every head above the vector patched exactly, and `edges` edges by path patching, half of them the largest, half drawn
 from the rest.
 
 An estimate is good enough to rank by if the interval of its rank correlation over what was patched lies above 0.9 for
@@ -43,10 +43,12 @@ class Options(bank.Options):
     edges: int = 60
 
 
-def compared(found: Bank, options: Options, decided: Decisions, other: Decisions, seed: int) -> Iterator[pd.DataFrame]:
+def compared(
+    found: Bank, options: Options, decided: Decisions, other: Decisions, layer: int, seed: int
+) -> Iterator[pd.DataFrame]:
     """Estimates beside exact patching, heads and edges; of `other`, another vector's, as a control."""
     model, pair, metric = found.model, decided.pair, decided.metric
-    places = heads(model)
+    places = [place for place in heads(model) if place.layer > layer]
     exact = activation_patching(model, pair, places, metric)
     estimates = {
         f"{steps} steps": attribution_patching(model, pair, places, metric, steps=steps) for steps in (0, STEPS)
@@ -74,7 +76,7 @@ def main(options: Options) -> pd.DataFrame:
             texts = readings.own_texts(found.model, vectors, found.task, evaluation, options.texts, seed)
             by_seed.append(decisions(found.model, vectors, texts))
         for n, seed in enumerate(found.seeds):
-            for part in compared(found, options, by_seed[n], by_seed[n - 1], seed):
+            for part in compared(found, options, by_seed[n], by_seed[n - 1], layer, seed):
                 told.append(part.assign(layer=layer, seed=seed))
                 print(told[-1].to_string(index=False, float_format="%.3f"), flush=True)
     table = pd.concat(told, ignore_index=True)
