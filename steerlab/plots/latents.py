@@ -61,6 +61,7 @@ def latent_volcano(df: pd.DataFrame, matched: str = "problem") -> go.Figure:
             hovertemplate="latent %{customdata[0]:.0f}: right %{customdata[1]:.1%}, wrong %{customdata[2]:.1%}<br>"
             "difference %{x:+.3f}, q %{customdata[3]:.3g}<extra></extra>",
         )
+    made.update_layout(showlegend=True)
     made.update_xaxes(title_text="share of right − share of wrong completions on which it fires")
     return made.update_yaxes(title_text="−log₁₀ p", rangemode="tozero")
 
