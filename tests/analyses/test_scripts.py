@@ -176,9 +176,8 @@ def test_edges(small_vectors: dict[str, Any]) -> None:
     table = module.main(module.Options(**small_vectors))
     assert set(table["of"]) == {"heads", "edges"} and set(table["seed"]) == {0, 1}
     assert set(table["estimate"]) == {"0 steps", "5 steps", "another vector"}
-    assert (
-        np.isfinite(table["error"]).all() and (small_vectors["out"] / "edges" / "tables" / "agreement.parquet").exists()
-    )
+    assert min(table["error"]) >= 0 and max(table["error"]) < math.inf
+    assert (small_vectors["out"] / "edges" / "tables" / "agreement.parquet").exists()
 
 
 def test_patching(small_vectors: dict[str, Any]) -> None:
