@@ -180,6 +180,7 @@ def test_edges(small_vectors: dict[str, Any]) -> None:
     assert (small_vectors["out"] / "edges" / "tables" / "agreement.parquet").exists()
 
 
+@pytest.mark.slow
 def test_patching(small_vectors: dict[str, Any]) -> None:
     module = script("small_vectors/patching")
     table = module.main(module.Options(**small_vectors))
