@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from steerlab.saes.activations import record as record_activations
     from steerlab.saes.activity import activity
     from steerlab.saes.causal import LatentEdit, latents_causal
+    from steerlab.saes.contexts import latent_contexts, latent_tokens
     from steerlab.saes.correctness import latent_correctness
     from steerlab.saes.effects import decomposition, latent_effects
     from steerlab.saes.load import load as load_sae
@@ -107,8 +108,10 @@ _HOMES = {
     "frozen_attention": "steerlab.interp.attention:frozen_attention",
     "gradient_energy": "steerlab.interp.gradient_energy:gradient_energy",
     "languages": "steerlab.interp.languages:languages",
+    "latent_contexts": "steerlab.saes.contexts:latent_contexts",
     "latent_correctness": "steerlab.saes.correctness:latent_correctness",
     "latent_effects": "steerlab.saes.effects:latent_effects",
+    "latent_tokens": "steerlab.saes.contexts:latent_tokens",
     "latents_causal": "steerlab.saes.causal:latents_causal",
     "load_model": "steerlab.models:load",
     "load_sae": "steerlab.saes.load:load",
@@ -185,8 +188,10 @@ __all__ = [
     "frozen_attention",
     "gradient_energy",
     "languages",
+    "latent_contexts",
     "latent_correctness",
     "latent_effects",
+    "latent_tokens",
     "latents_causal",
     "load_model",
     "load_sae",

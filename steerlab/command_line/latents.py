@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import numpy as np
 import tyro
 
 from steerlab.command_line.arguments import (
@@ -82,6 +83,9 @@ def latents(
     sae: SaeOf = "",
     sae_id: SaeId = "",
     site: SiteOf = "",
+    look: Annotated[
+        tuple[int, ...], tyro.conf.arg(help="Latents to look at one by one; default: the 5 that change most.")
+    ] = (),
     layers: Layers = None,
     task: TaskOf = "",
     problems: Problems = 16,
@@ -91,7 +95,7 @@ def latents(
     out: Folder = "",
     allow_other_weights: OtherWeights = False,
 ) -> int:
-    """Show what the vectors do to each latent: cosine, response of the encoder, change on answers."""
+    """Show what the vectors do to each latent, where those that change most fire, and what they write."""
     from steerlab import readings
     from steerlab.command_line import show_latents
     from steerlab.command_line.subjects import subject, texts_about
@@ -100,9 +104,16 @@ def latents(
     found = _sae(about, sae, sae_id, site, allow_other_weights)
     folder = place(about, out)
     texts = texts_about(about, (), task, problems, seed)
-    reading = readings.latent_effects(about.model, found, about.of_layers(layers), texts, seed=seed)
-    show_latents.effects(console(), reading.tables["latent_effects"])
-    return keep(reading, folder)
+    vectors = about.of_layers(layers)
+    reading = readings.latent_effects(about.model, found, vectors, texts, seed=seed)
+    table = reading.tables["latent_effects"]
+    show_latents.effects(console(), table)
+    mine = table.loc[table["sender"] == "trained"]
+    most = mine.iloc[np.argsort(-np.abs(mine["change"].to_numpy()), kind="stable")[:5]]
+    chosen = look or tuple(int(of) for of in most["latent"])
+    cards = readings.latent_cards(about.model, found, texts, chosen, vectors)
+    show_latents.cards(console(), cards.tables)
+    return keep(reading.with_(cards), folder)
 
 
 def causal(

@@ -9,6 +9,8 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from steerlab.plots.house import readable
+
 
 def correctness(console: Console, found: Mapping[str, pd.DataFrame], n: int = 12) -> None:
     """The most telling latents as they are matched last, and whether they are found again."""
@@ -66,3 +68,20 @@ def causal(console: Console, table: pd.DataFrame) -> None:
             f"{row['change_low']:+.3f} to {row['change_high']:+.3f}",
         )  # fmt: skip
     console.print(shown)
+
+
+def cards(console: Console, found: Mapping[str, pd.DataFrame]) -> None:
+    """Of each latent the tokens it writes towards, and its strongest context with the peak in brackets."""
+    contexts = found["latent_contexts"]
+    for latent in dict.fromkeys(contexts["latent"]):
+        part = contexts.loc[(contexts["latent"] == latent) & (contexts["rank"] == 0)]
+        shown = "".join(
+            f"[{readable(token)}]" if peak else readable(token)
+            for token, peak in zip(part["token"], part["peak"], strict=True)
+        )
+        raises = ""
+        if "latent_tokens" in found:
+            lens = found["latent_tokens"]
+            top = lens.loc[(lens["latent"] == latent) & (lens["end"] == "top"), "token"].head(6)
+            raises = f" raises {', '.join(readable(str(token)) for token in top)};"
+        console.print(f"latent {latent}:{raises} …{shown}…", markup=False, highlight=False, soft_wrap=True)

@@ -43,6 +43,7 @@ from steerlab.plots import side_effects as plot_side_effects
 from steerlab.plots import substitution as plot_substitution
 from steerlab.plots import token_effects as plot_effects
 from steerlab.plots import transfer as plot_transfer
+from steerlab.readings.latents import latent_cards as latent_cards
 from steerlab.readings.latents import latent_correctness as latent_correctness
 from steerlab.readings.latents import latent_effects as latent_effects
 from steerlab.readings.latents import latents_causal as latents_causal

@@ -19,6 +19,7 @@ from steerlab.saes import effects as effecting
 from steerlab.saes.activity import activity
 from steerlab.saes.causal import How
 from steerlab.saes.causal import latents_causal as edit_latents
+from steerlab.saes.contexts import latent_contexts, latent_tokens
 from steerlab.saes.load import Sae
 from steerlab.tasks import Task
 
@@ -35,6 +36,20 @@ def latent_effects(
     most = min(n, sae.d_sae, sae.width)
     parts = effecting.decomposition(sae, vectors.vectors[sae.site].detach(), n=most, seed=seed)
     return found.with_(Reading({"decomposition": parts}, {"decomposition": plots.decomposition(parts)}))
+
+
+def latent_cards(
+    model: LanguageModel,
+    sae: Sae,
+    texts: Sequence[Text],
+    latents: Sequence[int],
+    vectors: SteeringVectors | None = None,
+) -> Reading:
+    """Where some latents fire most on `texts`, and which tokens they write towards; for the report."""
+    tables = {"latent_contexts": latent_contexts(model, sae, texts, latents, vectors)}
+    if sae.site is not None and sae.site.kind.startswith("resid"):
+        tables["latent_tokens"] = latent_tokens(model, sae, latents)
+    return Reading(tables, {})
 
 
 def latent_correctness(

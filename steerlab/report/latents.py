@@ -5,8 +5,12 @@ from __future__ import annotations
 import pandas as pd
 
 from steerlab.plots import latents as plots
+from steerlab.plots.house import readable
 from steerlab.report.page import Section, Table
+from steerlab.report.tokens import coloured
 from steerlab.runs import Run
+
+_ENDS = ("top", "bottom")
 
 
 def latent_sections(run: Run) -> list[Section]:
@@ -19,6 +23,9 @@ def latent_sections(run: Run) -> list[Section]:
         again = run.table("latent_replication") if "latent_replication" in names else None
         probes = run.table("correctness_probes") if "correctness_probes" in names else None
         found.append(correctness_section(run.table("latent_correctness"), again, probes))
+    if "latent_contexts" in names:
+        lens = run.table("latent_tokens") if "latent_tokens" in names else None
+        found.append(cards_section(run.table("latent_contexts"), lens))
     if "latents_causal" in names:
         found.append(causal_section(run.table("latents_causal")))
     return found
@@ -113,3 +120,28 @@ def causal_section(table: pd.DataFrame) -> Section:
         f"({edited['change_low']:+.3f} – {edited['change_high']:+.3f}, same problems){beyond}."
     )
     return Section("Answers with latents edited", text, figures=(plots.latents_causal(table),))
+
+
+def cards_section(contexts: pd.DataFrame, lens: pd.DataFrame | None) -> Section:
+    """Latents one by one: where they fire most, coloured, and the tokens that they write towards."""
+    latents = [int(of) for of in dict.fromkeys(contexts["latent"])]
+    passages = []
+    for _, part in contexts.groupby(["latent", "rank"], sort=False):
+        first, values = part.iloc[0], part["activation"].to_numpy()
+        says = [f"latent {first['latent']}: {value:.2f}" for value in values]
+        title = f"latent {first['latent']}, context {first['rank'] + 1}, text {first['text']}"
+        passages.append(coloured(title, part["token"].tolist(), values.tolist(), says, top=float(values.max())))
+    folded = () if lens is None else (("Tokens that they write towards", _lens(lens)),)
+    text = (
+        f"Where {len(latents)} latents fire most on the texts read, each text once; the colour is the activation as a "
+        "share of the context's own largest."
+    )
+    return Section("Latents one by one", text, passages=tuple(passages), folded=folded)
+
+
+def _lens(lens: pd.DataFrame) -> Table:
+    rows = [
+        (str(latent), *(", ".join(readable(str(of)) for of in part.loc[part["end"] == end, "token"]) for end in _ENDS))
+        for latent, part in lens.groupby("latent", sort=False)
+    ]
+    return Table(("latent", "raises", "lowers"), tuple(rows), frozenset({0}))

@@ -108,4 +108,21 @@ SAES: dict[str, tuple[Column, ...]] = {
         Column("beyond_high", "float", "share", "upper end of its 95 % interval"),
         Column("n_problems", "int", "problems", "answered"),
     ),
+    "latent_contexts": (
+        Column("latent", "int", "1", "0-based latent of the SAE"),
+        Column("rank", "int", "1", "0-based, 0 is the context in which it fires most"),
+        Column("text", "int", "1", "index of the text among those given"),
+        Column("position", "int", "1", "0-based token of the text"),
+        Column("token", "str", "1", "text of the token there"),
+        Column("activation", "float", "activation units", "of the latent there; 0 at sinks"),
+        Column("peak", "bool", "1", "whether it fires most here in this text"),
+    ),
+    "latent_tokens": (
+        Column("latent", "int", "1", "0-based latent of the SAE"),
+        Column("end", "str", "1", "top: raised by what it writes; bottom: lowered"),
+        Column("rank", "int", "1", "0-based rank within the end"),
+        Column("token_id", "int", "1", "id in the tokenizer"),
+        Column("token", "str", "1", "text of the token"),
+        Column("score", "float", "logits", "unembedding · what the latent writes"),
+    ),
 }

@@ -13,7 +13,9 @@ from steerlab.errors import UsageError
 from steerlab.interp.contrast import Contrast, of_texts
 from steerlab.interp.texts import Text
 from steerlab.models import LanguageModel, Site
+from steerlab.report import latents as report
 from steerlab.saes.activity import activity
+from steerlab.saes.contexts import latent_contexts, latent_tokens
 from steerlab.saes.effects import decomposition, latent_effects
 from steerlab.saes.load import Sae
 
@@ -96,3 +98,30 @@ def test_differences_are_of_the_vector(
     found = activity(tiny_llama, by_hand(kind="difference"), of_texts(prose[:2], prose[2:4]), vectors)
     v = vectors.vectors[POST].detach()
     assert np.allclose(found.mean, torch.cat([v, -v]).relu().expand(4, -1), atol=1e-5)
+
+
+def test_contexts_by_hand(tiny_llama: LanguageModel, prose: list[Text], by_hand: Made) -> None:
+    """Latents 4 and 36 are relu(±x_4): the peak is the largest coordinate of a text, the first token aside."""
+    table = latent_contexts(tiny_llama, by_hand(dead=1), prose[:6], [4, 36, 64], n=3, before=2, after=1)
+    assert set(table["latent"]) <= {4, 36}, "a latent that never fires has no context"
+    largest = []
+    for text in prose[:6]:
+        x = tiny_llama.cache(torch.tensor([text.tokens]), [POST])[POST][0, 1:, 4]
+        largest.append((float(x.max()), 1 + int(x.argmax())))
+    order = sorted((n for n in range(6) if largest[n][0] > 0), key=lambda n: -largest[n][0])[:3]
+    peaks = table.loc[(table["latent"] == 4) & table["peak"]]
+    assert peaks["text"].tolist() == order and peaks["position"].tolist() == [largest[n][1] for n in order]
+    assert np.allclose(peaks["activation"], [largest[n][0] for n in order], atol=1e-5)
+    assert max(table.groupby(["latent", "rank"]).size()) <= 4
+    with pytest.raises(UsageError, match="among 0 to 63"):
+        latent_contexts(tiny_llama, by_hand(), prose[:2], [64])
+
+
+def test_tokens_are_the_lens_of_what_is_written(tiny_llama: LanguageModel, by_hand: Made) -> None:
+    table = latent_tokens(tiny_llama, by_hand(), [4], k=3)
+    scores = tiny_llama.unembedding.weight[:, 4].detach()
+    top = table.loc[table["end"] == "top"]
+    assert top["token_id"].tolist() == scores.topk(3).indices.tolist()
+    assert np.allclose(top["score"], scores.topk(3).values)
+    section = report.cards_section(latent_contexts(tiny_llama, by_hand(), [Text((40, 41, 42, 43), 1)], [4, 36]), table)
+    assert section.passages and all(-1 <= colour <= 1 for _, colour, _ in section.passages[0].tokens)
