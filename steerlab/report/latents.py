@@ -11,6 +11,7 @@ from steerlab.report.tokens import coloured
 from steerlab.runs import Run
 
 _ENDS = ("top", "bottom")
+SHOWN = 3  # contexts of each latent
 
 
 def latent_sections(run: Run) -> list[Section]:
@@ -126,7 +127,7 @@ def cards_section(contexts: pd.DataFrame, lens: pd.DataFrame | None) -> Section:
     """Latents one by one: where they fire most, coloured, and the tokens that they write towards."""
     latents = [int(of) for of in dict.fromkeys(contexts["latent"])]
     passages = []
-    for _, part in contexts.groupby(["latent", "rank"], sort=False):
+    for _, part in contexts.loc[contexts["rank"] < SHOWN].groupby(["latent", "rank"], sort=False):
         first, values = part.iloc[0], part["activation"].to_numpy()
         says = [f"latent {first['latent']}: {value:.2f}" for value in values]
         title = f"latent {first['latent']}, context {first['rank'] + 1}, text {first['text']}"
