@@ -180,6 +180,21 @@ def held(
 
 
 @torch.no_grad()
+def by_text(
+    model: LanguageModel, texts: Sequence[Text], wanted: Activations, adapter: Adapter | None = None
+) -> Iterator[tuple[int, Float[Tensor, "pos width"], Bool[Tensor, " pos"]]]:
+    """Of each text, similar lengths together, its number, what a stream records at all its positions, in at least fp32,
+    and which of them the stream keeps."""
+    for fed in fed_together(texts, range(len(texts)), wanted.batch_tokens, model.device):
+        found, own = values(model, adapter, fed, wanted)
+        inside = held(own, fed, texts, wanted)
+        for row, number in enumerate(fed.texts):
+            length = len(texts[number].tokens)
+            x = found[row, :length]
+            yield number, x.to(torch.promote_types(x.dtype, torch.float32)), inside[row, :length]
+
+
+@torch.no_grad()
 def site_values(
     model: LanguageModel,
     adapter: Adapter | None,

@@ -16,8 +16,9 @@ from steerlab.adapters import Adapter
 from steerlab.errors import UsageError
 from steerlab.interp.contrast import Contrast
 from steerlab.models import LanguageModel
-from steerlab.saes.activations import Activations, fed_together, held, values
+from steerlab.saes.activations import by_text
 from steerlab.saes.load import Sae
+from steerlab.saes.streams import Activations
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,11 @@ def activity(
     fired = np.zeros((len(texts), sae.d_sae), dtype=bool)
     mean = np.zeros((len(texts), sae.d_sae), dtype=np.float32)
     dense = np.zeros((len(texts), sae.width), dtype=np.float32)
-    for fed in fed_together(texts, range(len(texts)), batch_tokens, model.device):
-        found, own = values(model, adapter, fed, wanted)
-        inside = held(own, fed, texts, wanted)
-        for row, number in enumerate(fed.texts):
-            x = found[row, inside[row]].float()
-            if len(x):
-                latents = sae.encode(x)
-                fired[number] = (latents != 0).any(0).cpu().numpy()
-                mean[number], dense[number] = latents.mean(0).cpu().numpy(), x.mean(0).cpu().numpy()
+    for number, own, inside in by_text(model, texts, wanted, adapter):
+        if len(x := own[inside]):
+            latents = sae.encode(x)
+            fired[number] = (latents != 0).any(0).cpu().numpy()
+            mean[number], dense[number] = latents.mean(0).cpu().numpy(), x.mean(0).cpu().numpy()
     return Activity(
         fired,
         mean,

@@ -22,10 +22,9 @@ from steerlab.interp.residual_lens import check_k
 from steerlab.interp.states import check_texts
 from steerlab.interp.texts import Text
 from steerlab.models import LanguageModel
-from steerlab.saes.activations import Activations, fed_together, held, values
+from steerlab.saes.activations import by_text
 from steerlab.saes.load import Sae
-
-BATCH_TOKENS = 2_048
+from steerlab.saes.streams import Activations
 
 
 @torch.no_grad()
@@ -49,15 +48,11 @@ def latent_contexts(
     check_texts(model, texts)
     if sae.site is None or n < 1:
         raise UsageError(f"the SAE is at {sae.site}, n is {n}; give an SAE with a site and n of at least 1")
-    wanted = Activations(sae.site, sae.kind, batch_tokens=BATCH_TOKENS)
+    wanted = Activations(sae.site, sae.kind)
     found: list[Float[np.ndarray, "pos latent"]] = [np.empty((0, len(chosen)))] * len(texts)
-    for fed in fed_together(texts, range(len(texts)), BATCH_TOKENS, model.device):
-        x, own = values(model, adapter, fed, wanted)
-        inside = held(own, fed, texts, wanted)
-        for row, number in enumerate(fed.texts):
-            length = len(texts[number].tokens)
-            fires = sae.encode(x[row, :length].float())[:, chosen] * inside[row, :length, None]
-            found[number] = fires.double().cpu().numpy()
+    for number, own, inside in by_text(model, texts, wanted, adapter):
+        fires = sae.encode(own)[:, chosen] * inside[:, None]
+        found[number] = fires.double().cpu().numpy()
     peaks = np.stack([fires.max(0) for fires in found])
     frames = []
     for column, latent in enumerate(chosen):

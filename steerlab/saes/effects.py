@@ -27,10 +27,9 @@ from steerlab.interp.states import check_answers
 from steerlab.interp.texts import Text
 from steerlab.models import LanguageModel
 from steerlab.rollouts.statistics import resampled_means
-from steerlab.saes.activations import Activations, fed_together, held, values
+from steerlab.saes.activations import by_text
 from steerlab.saes.load import Sae
-
-BATCH_TOKENS = 2_048
+from steerlab.saes.streams import Activations
 
 
 @torch.no_grad()
@@ -110,16 +109,13 @@ def _means(
     """Of each text the mean activation of each latent over generated tokens, and how often it fires."""
     if sae.site is None:
         raise UsageError("the SAE does not say at which site of the model it belongs; load it with site=…")
-    wanted = Activations(sae.site, sae.kind, generated_only=True, batch_tokens=BATCH_TOKENS)
+    wanted = Activations(sae.site, sae.kind, generated_only=True)
     mean, rate = np.zeros((2, len(texts), sae.d_sae))
-    for fed in fed_together(texts, range(len(texts)), BATCH_TOKENS, model.device):
-        found, own = values(model, adapter, fed, wanted)
-        inside = held(own, fed, texts, wanted)
-        for row, number in enumerate(fed.texts):
-            latents = sae.encode(found[row, inside[row]].float()).double()
-            if len(latents):
-                mean[number] = latents.mean(0).cpu().numpy()
-                rate[number] = (latents != 0).double().mean(0).cpu().numpy()
+    for number, own, inside in by_text(model, texts, wanted, adapter):
+        latents = sae.encode(own[inside]).double()
+        if len(latents):
+            mean[number] = latents.mean(0).cpu().numpy()
+            rate[number] = (latents != 0).double().mean(0).cpu().numpy()
     return mean, rate
 
 
