@@ -43,12 +43,14 @@ HELD_OUT = 0.1  # of the completions, for the quality of the SAE
 
 @dataclass(frozen=True)
 class Options(bank.Options):
-    """layers: whose differences are read, at `small`. answers: of each held-out problem. expansion, k: of the SAEs."""
+    """layers: whose differences are read, at `small`. answers: of each held-out problem. expansion, k, tokens: of the SAEs;
+    answers are short, so their differences come several times."""
 
     layers: tuple[int, ...] = (15, 28)
     answers: int = 40
     expansion: int = 4
     k: int = 32
+    tokens: int = 200_000
 
 
 def answered(found: Bank, vectors: SteeringVectors, answers: int, seed: int, tiny: bool) -> Contrast:
@@ -73,8 +75,8 @@ def read(options: Options, exact: Bank, vectors: SteeringVectors, texts: Contras
     mixed = [texts.texts[i] for i in order]
     n = max(1, int(HELD_OUT * len(mixed)))
     held_out, stream = (record(exact.model, part, wanted, vectors) for part in (mixed[:n], mixed[n:]))
-    shape = SaeTraining(expansion=options.expansion, k=options.k, seed=seed, dead_after=100_000)
-    shape = shape if small else replace(shape, batch=16, k=4)
+    shape = SaeTraining(expansion=options.expansion, k=options.k, tokens=options.tokens, seed=seed, dead_after=50_000)
+    shape = shape if small else replace(shape, batch=16, k=4, tokens=None)
     with Progress() as progress:
         progress.stage(f"seed {seed}, layer {layer}: an SAE of {len(stream):,} differences")
         sae = train(stream, shape, options.out / "diff_sae" / f"sae-{layer}-{seed}", on_step=progress.step)
