@@ -43,8 +43,8 @@ HELD_OUT = 0.1  # of the completions, for the quality of the SAE
 
 @dataclass(frozen=True)
 class Options(bank.Options):
-    """layers: whose differences are read, at `small`. answers: of each held-out problem. expansion, k, tokens: of the SAEs;
-    answers are short, so their differences come several times."""
+    """layers: whose differences are read, at `small`. answers: of each held-out problem. expansion, k, tokens: of the
+    SAEs; answers are short, so their differences come several times."""
 
     layers: tuple[int, ...] = (15, 28)
     answers: int = 40
