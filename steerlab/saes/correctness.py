@@ -5,8 +5,9 @@ Per latent, the share of right and of wrong completions on which it fires, three
 exact test), within tenths of length (`length`) and within each problem (`problem`), both by Cochran, Mantel and
 Haenszel: a long answer has more tokens to fire on, an easy problem is both answered rightly and worded its own way.
 With label y and, in its stratum, c right ones of n, every difference is Σ f · (y − c/n) / Σ y · (y − c/n), whose
-intervals resample problems. `q` controls the false discovery rate (Benjamini & Hochberg 1995); `family_p` is the share
-of within-stratum shuffles of the labels in which any latent stands out as much (Westfall & Young 1993).
+intervals resample problems (c/n held). `q` controls the false discovery rate (Benjamini & Hochberg 1995); `family_p` is
+the share of within-stratum shuffles of the labels in which any latent stands out as much (Westfall & Young 1993): trust
+it where a latent fires on few completions, of which the normal tail of the matched tests says too much.
 
 `replication` finds latents in half of the problems and tests them in the other half, also when the labels they were
 found with were shuffled; `probes` asks how well latents, or all the SAE reads, predict correctness on problems that
@@ -32,6 +33,7 @@ Matched = Literal["none", "length", "problem"]
 MATCHED: tuple[Matched, ...] = ("none", "length", "problem")
 BINS = 10  # of length
 SHUFFLES = 1_000
+NOTHING = 1e-6  # a spread below it is rounding: the latent fires always or never wherever labels differ
 _BLOCK = 64  # shuffles at once
 
 
@@ -73,7 +75,8 @@ def _compared(
     if not weight.any():
         raise UsageError(f"no {matched} has both right and wrong completions; answer with more samples")
     sums, spread = weight @ fired, _spread(fired, found.correct, strata)
-    p = 2 * stats.norm.sf(np.abs(sums) / np.maximum(spread, 1e-12))
+    z = np.divide(sums, spread, out=np.zeros_like(sums), where=spread > NOTHING)
+    p = 2 * stats.norm.sf(np.abs(z))
     table = _tables(fired, found.correct, strata)
     if matched == "none":
         p = _fisher(table[:, 0])
@@ -93,7 +96,7 @@ def _compared(
         "odds_ratio": _odds_ratio(table),
         "p": p,
         "q": stats.false_discovery_control(np.clip(p, 0, 1)),
-        "family_p": _family_p(fired, found.correct, strata, np.abs(sums) / np.maximum(spread, 1e-12), shuffles, seed),
+        "family_p": _family_p(fired, found.correct, strata, np.abs(z), shuffles, seed),
         "correlation": np.divide(label @ centred, size, out=np.full(len(latents), np.nan), where=size > 0),
         "n_correct": int(found.correct.sum()),
         "n_incorrect": int((~found.correct).sum()),
@@ -166,7 +169,7 @@ def _interval(
     means = resampled_means(sums, seed=seed)
     draws = means[:, :-1] / np.where(means[:, -1:] > 0, means[:, -1:], np.nan)
     low, high = np.nanquantile(draws, [0.025, 0.975], axis=0)
-    return low, high
+    return low.clip(-1, 1), high.clip(-1, 1)
 
 
 def _family_p(
@@ -178,12 +181,14 @@ def _family_p(
     seed: int,
 ) -> Float[np.ndarray, " latent"]:
     """Share of shuffles (the labels as they are counted as one) whose largest |z| is at least a latent's own."""
-    spread = np.maximum(_spread(fired, correct, strata), 1e-12)  # shuffles within strata leave it as it is
+    spread = _spread(fired, correct, strata)  # shuffles within strata leave it as it is
+    varied = spread > NOTHING
+    fired, spread = fired[:, varied], spread[varied]
     generator, largest = np.random.default_rng(seed), []
     for start in range(0, shuffles, _BLOCK):
         drawn = np.stack([shuffled(correct, strata, generator) for _ in range(min(_BLOCK, shuffles - start))])
         weights = np.stack([_weights(labels, strata) for labels in drawn]).astype(np.float32)
-        largest.append(np.abs(weights @ fired / spread).max(1))
+        largest.append(np.abs(weights @ fired / spread).max(1, initial=0.0))
     ranked = np.sort(np.concatenate(largest))
     beyond = len(ranked) - np.searchsorted(ranked, z - 1e-9, side="left")
     return (1 + beyond) / (1 + len(ranked))
@@ -240,7 +245,7 @@ def _z(found: Activity, matched: Matched) -> Float[np.ndarray, " latent"]:
     fired, strata = found.fired.astype(np.float32), strata_of(found, matched)
     spread = _spread(fired, found.correct, strata)
     sums = _weights(found.correct, strata) @ fired
-    return np.divide(sums, spread, out=np.zeros_like(sums), where=spread > 0)
+    return np.divide(sums, spread, out=np.zeros_like(sums), where=spread > NOTHING)
 
 
 def probes(found: Activity, *, folds: int = 5, penalty: float = 0.1, seed: int = 0) -> pd.DataFrame:

@@ -93,6 +93,16 @@ def test_noise_is_called_noise() -> None:
     assert np.mean(np.array(families) < 0.1) <= 0.4
 
 
+def test_a_latent_that_always_fires_says_nothing() -> None:
+    """Nor does it, by rounding, stand out in every shuffle."""
+    found = made(0.45)
+    found.fired[:, 5] = True
+    table = latent_correctness(found, shuffles=100).set_index(["matched", "latent"])
+    for way in ("none", "length", "problem"):
+        assert table.loc[(way, 5), "p"] == pytest.approx(1) and table.loc[(way, 5), "family_p"] == pytest.approx(1)
+        assert table.loc[(way, 0), "family_p"] < 0.05
+
+
 def test_shuffles_stay_within_strata() -> None:
     found = made()
     strata = strata_of(found, "problem")
