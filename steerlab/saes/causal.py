@@ -171,7 +171,8 @@ def latents_causal(
         rows.append(
             {"condition": name, "how": how, "n_latents": len(set(latents)), "metric": f"avg@{evaluation.samples}"}
             | {"value": interval.value, "low": interval.low, "high": interval.high}
-            | {"change": change.value, "change_low": change.low, "change_high": change.high}
+            | {"change": change.value}
+            | {"change_low": change.low if name in edits else 0.0, "change_high": change.high if name in edits else 0.0}
             | {"beyond_random": np.nan if beside is None else beside.value}
             | {"beyond_low": np.nan if beside is None else beside.low}
             | {"beyond_high": np.nan if beside is None else beside.high, "n_problems": grid.shape[-1]}
